@@ -1,0 +1,196 @@
+"""Which implementation of an op runs, and why.
+
+Every op has a `reference` implementation, plain eager PyTorch. Kernels register themselves here as
+the `native` implementation of an op on one kind of device. Under `auto`, the default, a call runs
+the first registered kernel that supports it, otherwise the reference. An explicit choice is kept
+to: `native` raises `BackendError` with the reason where no kernel supports the call.
+
+The choice is one setting for the whole process, like `torch.backends`' flags, because the
+backward pass runs on threads of autograd's own that would not see a thread-local one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+BACKENDS = ("auto", "reference", "native")
+OPS = (
+    "adaln",
+    "gated_residual",
+    "gated_adaln",
+    "attention",
+    "bias_gelu",
+    "patch_embed",
+    "unpatchify",
+    "diffusion_step",
+)
+
+
+class BackendError(RuntimeError):
+    """The backend asked for cannot run this call; the message says why."""
+
+
+def _always(*_args: Any) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A native implementation of `op` (or of `<op>_backward`) on one device type.
+
+    `run` takes the arguments of `torch.ops.fastdit.<op>` in the schema's order; `unsupported`
+    takes the same and returns why it cannot run them, or None if it can.
+    """
+
+    op: str
+    device: str
+    name: str
+    run: Callable[..., Any]
+    unsupported: Callable[..., str | None] = _always
+
+
+class _Setting:
+    requested = "auto"
+
+
+_setting = _Setting()
+_kernels: dict[tuple[str, str], list[Kernel]] = {}
+
+
+def register(kernel: Kernel) -> None:
+    """Add `kernel` behind those already registered for its op and device: the fastest goes first."""
+    _kernels.setdefault((kernel.op, kernel.device), []).append(kernel)
+
+
+def unregister(kernel: Kernel) -> None:
+    """Take `kernel` out again."""
+    _kernels[kernel.op, kernel.device].remove(kernel)
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run every op inside the block with one backend.
+
+    Args:
+        name: `"auto"` (the fastest that supports the call), `"reference"` (eager PyTorch) or
+            `"native"` (fastdit's kernels, or a `BackendError` saying why not).
+
+    Raises:
+        ValueError: `name` is none of these.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"backend: got {name!r}, allowed are {', '.join(map(repr, BACKENDS))}")
+    previous, _setting.requested = _setting.requested, name
+    try:
+        yield
+    finally:
+        _setting.requested = previous
+
+
+def current_backend() -> str:
+    """The backend asked for now: `"auto"` outside any `fastdit.backend` block."""
+    return _setting.requested
+
+
+def select(op: str, device: str, args: tuple[Any, ...]) -> Kernel | None:
+    """The kernel that runs this call, or None for the reference.
+
+    Raises:
+        BackendError: `native` is asked for and no kernel supports the call.
+    """
+    if _setting.requested == "reference":
+        return None
+    kernels = _kernels.get((op, device), ())
+    for kernel in kernels:
+        if kernel.unsupported(*args) is None:
+            return kernel
+    if _setting.requested == "native":
+        reasons = [f"{kernel.name}: {kernel.unsupported(*args)}" for kernel in kernels]
+        raise BackendError(
+            f"backend 'native' cannot run {op} on {device}: "
+            + ("; ".join(reasons) or "no kernel is registered for this device")
+            + ". Use fastdit.backend('auto') or fastdit.backend('reference')."
+        )
+    return None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What would run for one op on one device type, and why the others would not."""
+
+    op: str
+    device: str
+    runs: str
+    reason: str
+    rejected: tuple[tuple[str, str], ...] = ()
+
+    def __str__(self) -> str:
+        lines = [f"{self.op} on {self.device}: {self.runs} ({self.reason})"]
+        return "\n".join(lines + [f"  not {name}: {why}" for name, why in self.rejected])
+
+
+class Explanation(tuple[Choice, ...]):
+    """The `Choice`s of an `explain` call; printed, one op a line."""
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self))
+
+    __repr__ = __str__
+
+
+def devices() -> tuple[str, ...]:
+    """The device types that this machine can run ops on."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return ("cpu",) if accelerator is None else ("cpu", accelerator.type)
+
+
+def explain(op: str | None = None, *args: Any, **kwargs: Any) -> Explanation:
+    """Tell what would run, without running it.
+
+    Args:
+        op: the name of an op; None for all of them.
+        *args, **kwargs: the arguments of one call of `fastdit.ops.<op>`. Without them the answer
+            is for any call on each of this machine's devices.
+
+    Returns:
+        An `Explanation`; print it, or read its `Choice`s.
+
+    Raises:
+        ValueError: there is no such op, or its arguments are wrong.
+
+    Example:
+        >>> print(fastdit.explain("adaln", x, shift, scale))
+        adaln on cpu: reference (no kernel is registered for this device)
+    """
+    if op is not None and op not in OPS:
+        raise ValueError(f"op: got {op!r}, allowed are {', '.join(OPS)}")
+    if args or kwargs:
+        from fastdit.ops import _library
+
+        device, schema_args = _library.OPS[op].bind(*args, **kwargs)
+        return Explanation([_choice(op, device, schema_args)])
+    names = OPS if op is None else (op,)
+    return Explanation(_choice(name, device, None) for device in devices() for name in names)
+
+
+def _choice(op: str, device: str, args: tuple[Any, ...] | None) -> Choice:
+    """`args` None asks what is registered; otherwise what supports these arguments."""
+    kernels = _kernels.get((op, device), ())
+    verdicts = [(k.name, k.unsupported(*args) if args is not None else None) for k in kernels]
+    rejected = tuple((name, why) for name, why in verdicts if why is not None)
+    fit = [name for name, why in verdicts if why is None]
+    if current_backend() == "reference":
+        return Choice(op, device, "reference", "asked for by fastdit.backend")
+    if fit:
+        return Choice(op, device, fit[0], "the fastest kernel that supports the call", rejected)
+    reason = (
+        "no kernel supports this call" if kernels else "no kernel is registered for this device"
+    )
+    if current_backend() == "native":
+        return Choice(op, device, "an error", f"backend 'native' was asked for; {reason}", rejected)
+    return Choice(op, device, "reference", reason, rejected)

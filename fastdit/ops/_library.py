@@ -1,0 +1,109 @@
+"""How an op becomes one: schema, fake kernel, autograd and the choice of implementation.
+
+A public op checks its arguments and hands them, in the schema's order, to an `Op`. Where no kernel
+is chosen the `Op` calls the eager reference itself: autograd differentiates it, and
+`torch.compile` fuses it, like any PyTorch code. Where a kernel is chosen the call goes through
+`torch.ops.fastdit.<name>`: one opaque node with a fake kernel and a registered backward, which is
+another op, `<name>_backward`.
+
+`torch.ops.fastdit.<name>` can also be called directly, on any device and under any backend.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdit import backends
+
+_LIB = torch.library.Library("fastdit", "DEF")
+OPS: dict[str, Op] = {}
+
+
+def _without_autocast(run: Callable[..., Any], device: str, args: tuple[Any, ...]) -> Any:
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return run(*args)
+    return run(*args)
+
+
+def define(
+    schema: str, reference: Callable[..., Any], fake: Callable[..., Any]
+) -> torch._ops.OpOverload:
+    """Define `torch.ops.fastdit.<name>`: the chosen kernel, else `reference`, never autocast.
+
+    The first argument of the schema is a tensor: its device is the op's.
+    """
+    name = schema.partition("(")[0]
+    _LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+
+    def kernel(*args: Any) -> Any:
+        device = args[0].device.type
+        chosen = backends.select(name, device, args)
+        return _without_autocast(chosen.run if chosen else reference, device, args)
+
+    _LIB.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastdit::{name}", fake, lib=_LIB)
+    return getattr(torch.ops.fastdit, name).default
+
+
+def gradient_like(inputs: tuple[Tensor | None, ...], x: Tensor) -> tuple[Tensor, ...]:
+    """Fake gradients: contiguous like each input, empty where it is absent."""
+    return tuple(
+        x.new_empty(0) if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device)
+        for t in inputs
+    )
+
+
+def present(
+    gradients: tuple[Tensor, ...], inputs: tuple[Tensor | None, ...]
+) -> list[Tensor | None]:
+    """The gradients of the inputs that are there, None for the others."""
+    return [g if t is not None else None for g, t in zip(gradients, inputs, strict=True)]
+
+
+class Op:
+    """A differentiable op: its public function's checks, its schema op and its reference."""
+
+    def __init__(
+        self,
+        schema: str,
+        *,
+        reference: Callable[..., Any],
+        fake: Callable[..., Any],
+        setup_context: Callable[..., None],
+        backward: Callable[..., Any],
+    ) -> None:
+        self.name = schema.partition("(")[0]
+        self.reference = reference
+        self.overload = define(schema, reference, fake)
+        torch.library.register_autograd(
+            f"fastdit::{self.name}", backward, setup_context=setup_context, lib=_LIB
+        )
+        OPS[self.name] = self
+
+    def public(self, checks: Callable[..., tuple[Any, ...]]) -> Callable[[Any], Any]:
+        """Decorate the public function with the checks that turn its call into schema arguments."""
+        self.checks = checks
+
+        def decorate(function: Any) -> Any:
+            self.signature = inspect.signature(function)
+            return function
+
+        return decorate
+
+    def bind(self, *args: Any, **kwargs: Any) -> tuple[str, tuple[Any, ...]]:
+        """The device type and the checked schema arguments of a call of the public function."""
+        bound = self.signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        schema_args = self.checks(*bound.args, **bound.kwargs)
+        return schema_args[0].device.type, schema_args
+
+    def __call__(self, *args: Any) -> Any:
+        if backends.select(self.name, args[0].device.type, args) is None:
+            return self.reference(*args)
+        return self.overload(*args)

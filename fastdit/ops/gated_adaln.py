@@ -1,0 +1,111 @@
+"""gated_adaln: one branch's gated addition and the next branch's modulation, in one pass.
+
+    h   = x + gate·y
+    out = LN(h)·(1 + scale) + shift
+
+Everything between two matrix products of a DiT. Least traffic: x and y once in, h and out once
+out; the row stays in registers between the two lines. The backward reads the gradients of both
+outputs, h and y, and returns every gradient in one pass.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastdit import reference
+from fastdit.ops import _checks
+from fastdit.ops._library import Op, define, gradient_like, present
+from fastdit.ops.gated_residual import check_branch
+
+_TAIL = (
+    "Tensor y, Tensor gate, Tensor? shift, Tensor? scale, Tensor? weight, Tensor? bias, "
+    "float eps, str norm, bool plus_one"
+)
+
+
+def _fake(x, *_rest):
+    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
+
+
+def _setup_context(ctx, inputs, output):
+    _x, *tensors, ctx.eps, ctx.norm, ctx.plus_one = inputs
+    ctx.save_for_backward(output[0], *tensors)
+
+
+def _backward(ctx, dh, dout):
+    h, y, gate, *modulation = ctx.saved_tensors
+    dx, dy, dgate, *gradients = _gated_adaln_backward(
+        dh.contiguous(),
+        dout.contiguous(),
+        h,
+        y,
+        gate,
+        *modulation,
+        ctx.eps,
+        ctx.norm,
+        ctx.plus_one,
+    )
+    return dx, dy, dgate, *present(gradients, modulation), None, None, None
+
+
+_gated_adaln_backward = define(
+    f"gated_adaln_backward(Tensor dh, Tensor dout, Tensor h, {_TAIL}) -> "
+    f"({', '.join(['Tensor'] * 7)})",
+    reference.gated_adaln_backward,
+    lambda dh, dout, h, *rest: gradient_like((h, *rest[:6]), h),
+)
+_gated_adaln = Op(
+    f"gated_adaln(Tensor x, {_TAIL}) -> (Tensor, Tensor)",
+    reference=reference.gated_adaln,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+
+
+def _arguments(x, y, gate, shift, scale, eps, *, weight, bias, norm, plus_one):
+    check_branch(x, y, gate)
+    if shift is not None:
+        _checks.modulation("shift", shift, x)
+    if scale is not None:
+        _checks.modulation("scale", scale, x)
+    _checks.normalisation(x, weight, bias, eps, norm)
+    return x, y, gate, shift, scale, weight, bias, eps, norm, plus_one
+
+
+@_gated_adaln.public(_arguments)
+def gated_adaln(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    norm: str = "layer",
+    plus_one: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """`h = x + gate·y` and `adaln(h, shift, scale)`.
+
+    Args:
+        x: `(B, N, D)`, the residual stream.
+        y: `(B, N, D)`, a branch's output; under autocast it may be of lower precision than `x`.
+        gate: `(B, D)` per sample or `(B, N, D)` per token, any strides.
+        shift, scale, eps, weight, bias, norm, plus_one: as in `adaln`.
+
+    Returns:
+        `(h, out)`, each `(B, N, D)`, contiguous, in `x`'s dtype.
+
+    Raises:
+        ValueError, TypeError: an argument's shape, dtype, device or value, which is named.
+
+    Source: Peebles & Xie 2022, adaLN-Zero.
+    """
+    return _gated_adaln(
+        *_arguments(
+            x, y, gate, shift, scale, eps, weight=weight, bias=bias, norm=norm, plus_one=plus_one
+        )
+    )

@@ -1,0 +1,80 @@
+"""One representative call of every op and option, as schema arguments of `torch.ops.fastdit.*`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+B, N, D = 2, 7, 24
+
+
+def random(*shape: int, dtype: torch.dtype, seed: int, grad: bool = True) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    tensor = torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+    return tensor.requires_grad_(grad)
+
+
+def chunks(count: int, dtype: torch.dtype, per_token: bool = False) -> tuple[Tensor, ...]:
+    """Modulation as a model makes it: strided views of one projection."""
+    shape = (B, N, count * D) if per_token else (B, count * D)
+    leaf = random(*shape, dtype=dtype, seed=9)
+    return tuple(leaf.detach().chunk(count, -1)[i].requires_grad_() for i in range(count))
+
+
+def step_table(rows: int = 4, dtype: torch.dtype = torch.float32) -> Tensor:
+    table = random(rows, 9, dtype=dtype, seed=4, grad=False).abs() + 0.1
+    table[:, 6:8] = -table[:, 6:8]
+    return table
+
+
+def cases(dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, str, tuple]]:
+    """`(op, what is special, schema arguments)`; floating-point inputs require gradients."""
+    x, y = random(B, N, D, dtype=dtype, seed=0), random(B, N, D, dtype=dtype, seed=1)
+    shift, scale, gate = chunks(3, dtype)
+    token_shift, token_scale, token_gate = chunks(3, dtype, per_token=True)
+    weight, bias = random(D, dtype=dtype, seed=2), random(D, dtype=dtype, seed=3)
+    plain = (None, None, 1e-6, "layer", True)
+    yield "adaln", "per sample", (x, shift, scale, *plain)
+    yield "adaln", "per token", (x, token_shift, token_scale, *plain)
+    yield "adaln", "no modulation", (x, None, None, *plain)
+    yield "adaln", "affine, no plus one", (x, shift, scale, weight, bias, 1e-5, "layer", False)
+    yield "adaln", "rms", (x, None, scale, weight, None, 1e-6, "rms", True)
+    yield "gated_residual", "per sample", (x, y, gate)
+    yield "gated_residual", "per token", (x, y, token_gate)
+    yield "gated_adaln", "per sample", (x, y, gate, shift, scale, *plain)
+    yield "gated_adaln", "per token", (x, y, token_gate, token_shift, token_scale, *plain)
+    affine = (weight, bias, 1e-5, "layer", False)
+    yield "gated_adaln", "affine, no plus one", (x, y, gate, shift, scale, *affine)
+    yield "gated_adaln", "rms", (x, y, gate, None, scale, weight, None, 1e-6, "rms", True)
+    qkv = random(B, N, 3 * D, dtype=dtype, seed=5)
+    yield "attention", "two heads", (qkv, 2, None)
+    yield "attention", "scale", (qkv, 3, 0.5)
+    yield "bias_gelu", "tokens", (x, bias)
+    image, pos = random(B, 3, 4, 6, dtype=dtype, seed=6), random(1, 6, D, dtype=dtype, seed=7)
+    kernel = random(D, 3, 2, 2, dtype=dtype, seed=8)
+    yield "patch_embed", "positions", (image, kernel, bias, pos)
+    yield "patch_embed", "bare", (image, kernel, None, None)
+    signal, kernel_1d = random(B, 3, 12, dtype=dtype, seed=6), random(D, 3, 4, dtype=dtype, seed=8)
+    yield "patch_embed", "signal", (signal, kernel_1d, bias, None)
+    yield "unpatchify", "image", (random(B, 6, 24, dtype=dtype, seed=0), [2, 4], [3, 2], 3)
+    yield "unpatchify", "signal", (random(B, 6, 12, dtype=dtype, seed=0), [4], [6], 3)
+    yield from _step_cases(dtype)
+
+
+def _step_cases(dtype: torch.dtype) -> Iterator[tuple[str, str, tuple]]:
+    table = step_table(dtype=torch.promote_types(dtype, torch.float32))
+    step, steps = torch.tensor(2), torch.tensor([3, 1])
+    x, noise, previous = (random(B, 4, 5, 3, dtype=dtype, seed=seed) for seed in (0, 1, 2))
+    plain, ranged = (random(B, c, 5, 3, dtype=dtype, seed=3) for c in (4, 8))
+    halves = random(2 * B, 8, 5, 3, dtype=dtype, seed=3)
+    yield "diffusion_step", "plain", (x, plain, table, step, None, None, None, False, 0)
+    yield "diffusion_step", "noise", (x, plain, table, steps, noise, None, 1.0, False, 0)
+    yield "diffusion_step", "learned", (x, ranged, table, step, noise, previous, 0.7, True, 0)
+    yield "diffusion_step", "guided", (x, halves, table, steps, noise, None, None, True, 3)
+    yield "diffusion_step", "guided sigma", (x, halves, table, step, noise, None, 1.0, True, 8)
+
+
+def case_ids() -> list[str]:
+    return [f"{op}: {special}" for op, special, _args in cases()]
