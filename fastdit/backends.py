@@ -63,7 +63,7 @@ _kernels: dict[tuple[str, str], list[Kernel]] = {}
 
 
 def register(kernel: Kernel) -> None:
-    """Add `kernel` behind those already registered for its op and device: the fastest goes first."""
+    """Add `kernel` behind those registered for its op and device: the fastest goes first."""
     _kernels.setdefault((kernel.op, kernel.device), []).append(kernel)
 
 

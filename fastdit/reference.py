@@ -154,7 +154,7 @@ def patch_embed(x, weight, bias, pos):
 
 
 def patchify(x: Tensor, patch) -> Tensor:
-    """`(B, C, *size)` as rows `(B, T, C·prod(patch))` in a convolution weight's (c, *patch) order."""
+    """`(B, C, *size)` as rows `(B, T, C·prod(patch))` in a convolution weight's order."""
     axes = range(len(patch))
     sizes = [n for axis in axes for n in (x.shape[2 + axis] // patch[axis], patch[axis])]
     rows = x.reshape(*x.shape[:2], *sizes)
@@ -197,7 +197,7 @@ def unpatchify_backward(dimage, patch, grid, channels):
     return rows.clone(memory_format=torch.contiguous_format).flatten(-2)
 
 
-# ---- diffusion_step: one row of a sampler's table -------------------------------------------------
+# ---- diffusion_step: one row of a sampler's table ------------------------------------------------
 
 
 def _step_row(table: Tensor, step: Tensor, like: Tensor) -> dict[str, Tensor]:

@@ -1,1 +1,1 @@
-"""Triton kernels, one file per op; imported as `fastdit.kernels` and only when a GPU op needs them."""
+"""Triton kernels, one file per op, imported as `fastdit.kernels` when a GPU op first needs them."""

@@ -7,9 +7,11 @@
 
 DDPM, DDIM, DPM-Solver++ and the flow-matching solvers differ only in these coefficients, which
 `fastdit.diffusion` computes in float64 and stores as a table `(S, 9)` with the columns
-`fastdit.reference.TABLE_COLUMNS`. Table and step index are read on the device, so that a captured CUDA
-graph of one step replays for all of them. Least traffic: x, the model output, the noise and the
-previous x0 once in, x' and x0 once out; the published code issues about 60 kernels for it.
+`fastdit.reference.TABLE_COLUMNS`. Table and step index are read on the device, so that a captured
+CUDA graph of one step replays for all of them.
+
+Least traffic: x, the model output, the noise and the previous x0 once in, x' and x0 once out; the
+published code issues about 60 kernels for it.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ def patch_embed(
 
     Args:
         x: `(B, C, H, W)`, or `(B, C, L)` for signals.
-        weight: `(D, C, p, q)`, or `(D, C, p)`, a convolution's weight; its patch divides `x`'s size.
+        weight: `(D, C, p, q)`, or `(D, C, p)`, of a convolution; its patch divides the size of `x`.
         bias: `(D,)` or None.
         pos: `(T, D)` or `(1, T, D)` position embeddings, or None.
 
