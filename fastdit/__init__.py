@@ -12,9 +12,12 @@ from __future__ import annotations
 from fastdit import ops
 from fastdit._version import __version__
 from fastdit.backends import BackendError, backend, current_backend, explain
+from fastdit.model import DiT, DiT_models
 
 __all__ = [
     "BackendError",
+    "DiT",
+    "DiT_models",
     "__version__",
     "backend",
     "current_backend",

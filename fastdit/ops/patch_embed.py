@@ -71,9 +71,11 @@ def _arguments(x, weight, bias, pos):
         tokens = tokens * (size // patch)
     if pos is not None:
         _checks.tensor("pos", pos, (2, 3), "(T, D) or (1, T, D)")
-        shape = (1, tokens, weight.shape[0])
-        if tuple(pos.shape) not in (shape, shape[1:]) or pos.device != x.device:
-            _checks.fail("pos", _checks.described(pos), f"{shape} or {shape[1:]} on {x.device}")
+        rows, width = pos.shape[-2:]
+        one = pos.dim() == 2 or pos.shape[0] == 1
+        if rows != tokens or width != weight.shape[0] or not one or pos.device != x.device:
+            allowed = f"({tokens}, {weight.shape[0]}), a leading 1 allowed, on {x.device}"
+            _checks.fail("pos", _checks.described(pos), allowed)
     return x, weight, bias, pos
 
 

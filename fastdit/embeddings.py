@@ -1,0 +1,97 @@
+"""What a DiT knows besides its pixels: where a token is, when it is, and what it should become.
+
+Three embeddings with the published names and values: fixed 2-D sine-cosine positions (He et al.
+2021), sinusoidal timesteps through an MLP (Ho et al. 2020, Dhariwal & Nichol 2021), and a table
+of labels with one row more for "no label" (classifier-free guidance, Ho & Salimans 2022).
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+def sincos_1d(width: int, positions: np.ndarray) -> np.ndarray:
+    """`(M,)` positions as float64 `(M, width)`: [sin | cos] of frequencies 10000^(-2i/width)."""
+    frequencies = 10000.0 ** -(np.arange(width // 2, dtype=np.float64) / (width / 2))
+    angles = np.outer(positions.reshape(-1).astype(np.float64), frequencies)
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+
+
+def sincos_2d(width: int, grid: tuple[int, int]) -> np.ndarray:
+    """Positions of a `(rows, columns)` grid as `(rows·columns, width)`, float64.
+
+    The first half of the channels encodes the column and the second half the row, as published.
+
+    Raises:
+        ValueError: `width` is not divisible by 4.
+    """
+    if width % 4:
+        raise ValueError(
+            f"hidden_size: got {width}, allowed is a multiple of 4 (sin-cos positions)"
+        )
+    rows, columns = np.meshgrid(*(np.arange(n) for n in grid), indexing="ij")
+    return np.concatenate([sincos_1d(width // 2, columns), sincos_1d(width // 2, rows)], axis=1)
+
+
+class TimestepEmbedder(nn.Module):
+    """A timestep as a vector: [cos | sin] of 128 frequencies, in float32, through a two-layer MLP.
+
+    Timesteps are those of the 1000-step training schedule, 0 to 999; fractions are allowed.
+    """
+
+    def __init__(self, hidden_size: int, frequency_embedding_size: int = 256) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(frequency_embedding_size, hidden_size),
+            nn.SiLU(),
+            nn.Linear(hidden_size, hidden_size),
+        )
+        self.frequency_embedding_size = frequency_embedding_size
+
+    @staticmethod
+    def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000) -> Tensor:
+        """`(B,)` timesteps as `(B, dim)` float32 rows [cos | sin], a last zero where dim is odd."""
+        half = dim // 2
+        exponents = torch.arange(half, dtype=torch.float32, device=t.device) / half
+        angles = t[:, None].float() * torch.exp(-math.log(max_period) * exponents)[None]
+        rows = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        return nn.functional.pad(rows, (0, dim % 2))
+
+    def forward(self, t: Tensor) -> Tensor:
+        rows = self.timestep_embedding(t, self.frequency_embedding_size)
+        return self.mlp(rows.to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """Class labels as vectors; in training each is dropped to the null class with probability p.
+
+    The null class is row `num_classes`, which exists only where `dropout_prob` > 0.
+    """
+
+    def __init__(self, num_classes: int, hidden_size: int, dropout_prob: float) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + (dropout_prob > 0), hidden_size)
+        self.num_classes = num_classes
+        self.dropout_prob = dropout_prob
+
+    def token_drop(self, labels: Tensor, force_drop_ids: Tensor | None = None) -> Tensor:
+        """Labels with some made null: at random, or exactly where `force_drop_ids` is 1."""
+        if force_drop_ids is None:
+            drop = torch.rand(labels.shape[0], device=labels.device) < self.dropout_prob
+        else:
+            drop = force_drop_ids == 1
+        return torch.where(drop, self.num_classes, labels)
+
+    def forward(self, labels: Tensor, train: bool, force_drop_ids: Tensor | None = None) -> Tensor:
+        if force_drop_ids is not None and self.dropout_prob == 0:
+            raise ValueError(
+                "force_drop_ids: got a tensor, allowed is None in a model without a null class "
+                "(class_dropout_prob=0)"
+            )
+        if (train and self.dropout_prob > 0) or force_drop_ids is not None:
+            labels = self.token_drop(labels, force_drop_ids)
+        return self.embedding_table(labels)
