@@ -1,7 +1,7 @@
 """fastdit: fast, exact Diffusion Transformers.
 
-    model = fastdit.DiT_models["DiT-XL/2"]()
-    diffusion = fastdit.create_diffusion("250")
+    model = fastdit.load_model("DiT-XL-2-256x256.pt")
+    images = fastdit.sample(model, [207, 360], steps=50, solver="dpm++", seed=0)
 
 See `fastdit.ops` for the fused ops, `fastdit.reference` for their definitions, and
 `fastdit.explain()` for what runs where.
@@ -9,18 +9,48 @@ See `fastdit.ops` for the fused ops, `fastdit.reference` for their definitions, 
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from fastdit import ops
 from fastdit._version import __version__
 from fastdit.backends import BackendError, backend, current_backend, explain
+from fastdit.diffusion import create_diffusion
 from fastdit.model import DiT, DiT_models
+from fastdit.sampling import sample
+
+if TYPE_CHECKING:
+    from fastdit.checkpoint import CheckpointError, load_model, save_model
+
+_LAZY = {
+    "CheckpointError": "fastdit.checkpoint",
+    "load_model": "fastdit.checkpoint",
+    "save_model": "fastdit.checkpoint",
+}
+"""What only some programs need, and the module that is imported when it is first asked for."""
 
 __all__ = [
     "BackendError",
+    "CheckpointError",
     "DiT",
     "DiT_models",
     "__version__",
     "backend",
+    "create_diffusion",
     "current_backend",
     "explain",
+    "load_model",
     "ops",
+    "sample",
+    "save_model",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'fastdit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

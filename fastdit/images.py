@@ -1,0 +1,57 @@
+"""Samples as pictures: pixels from [-1, 1], labelled grids, and the files people exchange."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+_LABEL_WIDTH = 34
+_GAP = 2
+
+
+def to_uint8(images: Tensor) -> np.ndarray:
+    """`(B, C, H, W)` in [-1, 1] as `(B, H, W, 3)` uint8, rounded as the published sampler does.
+
+    One channel is grey. Values outside [-1, 1] saturate.
+    """
+    images = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
+    pixels = (127.5 * images.float() + 128).clamp(0, 255).to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def grid(
+    pixels: np.ndarray, columns: int, *, scale: int = 1, row_labels: Sequence[str] = ()
+) -> Image.Image:
+    """`(B, H, W, 3)` uint8 as one picture, row by row, each pixel `scale` wide.
+
+    Raises:
+        ValueError: no images, or `columns` or `scale` below 1.
+    """
+    if len(pixels) == 0 or columns < 1 or scale < 1:
+        raise ValueError(
+            f"grid: got {len(pixels)} images, columns {columns}, scale {scale}, "
+            "allowed are at least 1 of each"
+        )
+    height, width = (scale * n for n in pixels.shape[1:3])
+    rows, left = -(-len(pixels) // columns), _LABEL_WIDTH if row_labels else 0
+    size = (left + columns * (width + _GAP) + _GAP, rows * (height + _GAP) + _GAP)
+    canvas = Image.new("RGB", size, "white")
+    for i, image in enumerate(pixels):
+        row, column = divmod(i, columns)
+        tile = Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST)
+        canvas.paste(tile, (left + _GAP + column * (width + _GAP), _GAP + row * (height + _GAP)))
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(min(20, max(9, height // 2)))
+    for row, label in enumerate(row_labels):
+        middle = (left // 2, _GAP + row * (height + _GAP) + height // 2)
+        draw.text(middle, label, fill="black", font=font, anchor="mm")
+    return canvas
+
+
+def save_npz(path: str | Path, pixels: np.ndarray, labels: Sequence[int]) -> None:
+    """The ADM evaluator's layout: `arr_0` the images `(B, H, W, 3)` uint8, `arr_1` their labels."""
+    np.savez(path, arr_0=pixels, arr_1=np.asarray(labels, dtype=np.int64))
