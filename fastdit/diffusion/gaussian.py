@@ -10,13 +10,14 @@ Losses are computed in float32 or better, whatever the dtype of the samples and 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastdit.diffusion.kinds import LossType, ModelMeanType, ModelVarType
-from fastdit.diffusion.loops import NoiseFn, SamplingLoops
+from fastdit.diffusion.loops import SamplingLoops
 from fastdit.diffusion.losses import discretized_gaussian_log_likelihood, mean_flat, normal_kl
 from fastdit.diffusion.process import Row
 from fastdit.diffusion.sampling import Model
@@ -117,7 +118,7 @@ class GaussianDiffusion(SamplingLoops):
         clip_denoised: bool = True,
         model_kwargs: dict[str, Any] | None = None,
         *,
-        noise_fn: NoiseFn | None = None,
+        noise_fn: Callable[[Tensor], Tensor] | None = None,
         progress: bool = False,
     ) -> dict[str, Tensor]:
         """The whole variational bound of samples, in bits per dimension.
