@@ -20,7 +20,7 @@ from fastdit.diffusion.kinds import LossType, ModelMeanType, ModelVarType
 from fastdit.diffusion.loops import SamplingLoops
 from fastdit.diffusion.losses import discretized_gaussian_log_likelihood, mean_flat, normal_kl
 from fastdit.diffusion.process import Row
-from fastdit.diffusion.sampling import Model
+from fastdit.diffusion.steps import Model
 
 _LN2 = math.log(2.0)
 
@@ -44,7 +44,7 @@ class GaussianDiffusion(SamplingLoops):
     Raises:
         ValueError: betas outside (0, 1), or timesteps that are not there.
 
-    The steps' arguments are described in `fastdit.diffusion.sampling`, the loops' in
+    The steps' arguments are described in `fastdit.diffusion.steps`, the loops' in
     `fastdit.diffusion.loops`, the tables that are attributes in
     `fastdit.diffusion.schedules.NoiseLevels`.
     """
@@ -79,7 +79,7 @@ class GaussianDiffusion(SamplingLoops):
         bound's term alone is the loss; RESCALED_KL scales it by T, an estimate of the whole bound.
 
         Args:
-            model: see `fastdit.diffusion.sampling`.
+            model: see `fastdit.diffusion.steps`.
             x_start: `(B, C, ...)`, clean samples.
             t: int64 `(B,)`, an index for each sample.
             model_kwargs: what else the model is called with.
@@ -124,7 +124,7 @@ class GaussianDiffusion(SamplingLoops):
         """The whole variational bound of samples, in bits per dimension.
 
         Args:
-            model: see `fastdit.diffusion.sampling`.
+            model: see `fastdit.diffusion.steps`.
             x_start: `(B, C, ...)`; for the decoder's term to be a likelihood, 8-bit images in
                 [−1, 1].
             clip_denoised: clamp the predicted x0 to [−1, 1].

@@ -1,7 +1,7 @@
 """Sampling from noise to x0: one loop for every sampler.
 
 A loop starts at t = T − 1 with `torch.randn(shape)`, ends after t = 0 and has, besides those of a
-single step (`fastdit.diffusion.sampling`), the arguments
+single step (`fastdit.diffusion.steps`), the arguments
 
 - `shape`: of the samples, `(B, C, ...)`.
 - `noise`: the samples to start from; None draws them.
@@ -17,13 +17,14 @@ gradients.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor
 
-from fastdit.diffusion.sampling import DenoisedFn, Model, ReverseSteps, Sample
+from fastdit.diffusion.steps import DenoisedFn, Model, ReverseSteps, Sample
 from fastdit.ops import _checks
 
 NoiseFn = Callable[[Tensor], Tensor | None]
@@ -68,6 +69,8 @@ def _last_of(progressive: Callable[Arguments, Iterator[Sample]]) -> Callable[Arg
     loop.__name__, loop.__qualname__ = whole, f"SamplingLoops.{whole}"
     loop.__doc__ = f"The last samples of `{progressive.__name__}`, same arguments."
     loop.__annotations__ = progressive.__annotations__ | {"return": "Tensor"}
+    signature = inspect.signature(progressive).replace(return_annotation="Tensor")
+    vars(loop)["__signature__"] = signature
     return loop
 
 

@@ -110,12 +110,7 @@ def dpm_solver(levels: NoiseLevels, mean: ModelMeanType, order: int) -> np.ndarr
     change, over the step before of length h₊ = λ − λ_{t+1}: x0 + (x0 − x0_previous)·h/(2h₊). So
     c0 = k·(1 + h/2h₊) and cp = −k·h/2h₊. The first step knows no change and the last, to s₋ = 0,
     has h = ∞: both are of order 1, the last one x' = x0.
-
-    Raises:
-        ValueError: the order is neither 1 nor 2.
     """
-    if order not in (1, 2):
-        fail("order", repr(order), "1 or 2")
     before, s = levels.alphas_cumprod_prev, levels.sqrt_one_minus_alphas_cumprod
     half_log_snr = 0.5 * (np.log(levels.alphas_cumprod) - levels.log_one_minus_alphas_cumprod)
     h = np.append(np.inf, -np.diff(half_log_snr))

@@ -187,9 +187,11 @@ class ReverseSteps(ForwardProcess):
             x0_previous: like `x`, the `pred_xstart` of the step before, which is used with
                 order 2. Without it the step is of order 1.
         """
+        if order not in (1, 2):
+            _checks.fail("order", repr(order), "1 or 2")
+        if x0_previous is None or order == 1:
+            order, x0_previous = 1, None
         table = self._table(tables.dpm_solver, x, order)
-        if order == 1 or x0_previous is None:
-            table, x0_previous = self._table(tables.dpm_solver, x, 1), None
         given = (model, x, t, clip_denoised, denoised_fn, cond_fn, model_kwargs)
         return self._solve(table, *given, noise=_no_noise, x0_previous=x0_previous)
 
