@@ -1,0 +1,193 @@
+"""Training: the update, exact resume, and what a run leaves behind."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastdit import cli, digits, training
+from fastdit.checkpoint import load_model
+from fastdit.training import TrainConfig, Trainer, train
+
+
+def tiny(out, **changes) -> TrainConfig:
+    defaults = {
+        "data": "digits",
+        "depth": 1,
+        "hidden_size": 24,
+        "num_heads": 2,
+        "patch_size": 4,
+        "steps": 6,
+        "batch_size": 8,
+        "lr": 1e-3,
+        "ema": 0.9,
+        "class_dropout_prob": 0.3,
+    }
+    return TrainConfig(out=str(out), **{**defaults, **changes})
+
+
+def same(a, b) -> bool:
+    """Two states with equal bits everywhere."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"accumulate": 2, "clip_grad": 0.5, "warmup_steps": 4},
+        {"amp": "bf16", "flip": False, "weight_decay": 0.1},
+        {"amp": "fp16"},
+    ],
+    ids=["fp32", "bf16", "fp16"],
+)
+def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, changes, monkeypatch):
+    whole = train(tiny(tmp_path / "whole", **changes), progress=False).state()
+
+    step, calls = Trainer.step, []
+
+    def interrupted(self):
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return step(self)
+
+    config = tiny(tmp_path / "parts", **changes)
+    monkeypatch.setattr(Trainer, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, progress=False)
+    monkeypatch.setattr(Trainer, "step", step)
+    torch.manual_seed(99)  # what happens in between does not matter
+    resumed = train(config, resume=True, progress=False).state()
+    del whole["config"], resumed["config"]
+    assert resumed["step"] == 6
+    assert same(whole, resumed)
+
+
+def test_sampling_on_the_way_does_not_change_the_run(tmp_path):
+    plain = train(tiny(tmp_path / "a"), progress=False).state()
+    sampled = train(tiny(tmp_path / "b", sample_every=3), progress=False).state()
+    assert same(plain["model"], sampled["model"])
+    assert Image.open(tmp_path / "b" / "samples-0000006.png").size[0] > 8 * 64
+
+
+def test_accumulation_is_one_large_batch(tmp_path, monkeypatch):
+    """With the same draws, two halves give the gradient of the whole batch."""
+    monkeypatch.setattr(
+        Trainer,
+        "_loss",
+        lambda self, x, y: (
+            self.model(x, torch.full_like(y, 500), y, torch.zeros_like(y)).sub(1).square().mean()
+        ),
+    )
+    states = []
+    for accumulate in (1, 2):
+        trainer = Trainer(tiny(tmp_path, accumulate=accumulate))
+        losses = [trainer.step() for _ in range(3)]
+        states.append((losses, [p.detach() for p in trainer.model.parameters()]))
+    assert states[0][0] == pytest.approx(states[1][0], rel=1e-5)
+    for a, b in zip(states[0][1], states[1][1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_warmup_and_the_average(tmp_path):
+    trainer = Trainer(tiny(tmp_path, warmup_steps=4, lr=0.1))
+    rates, expected = [], copy.deepcopy(trainer.average).state_dict()
+    for _ in range(5):
+        trainer.step()
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+        for name, value in trainer.model.state_dict().items():
+            expected[name] = 0.9 * expected[name] + 0.1 * value
+    assert rates == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1])
+    for name, value in trainer.average.state_dict().items():
+        torch.testing.assert_close(value, expected[name])
+
+
+def test_a_run_learns_and_leaves_its_files(tmp_path):
+    trainer = train(tiny(tmp_path, steps=60, hidden_size=48, lr=3e-3), progress=False)
+    assert np.mean(trainer.losses[-10:]) < 0.8 * np.mean(trainer.losses[:5])
+    loaded = load_model(tmp_path / "ema.safetensors")
+    assert loaded.config == trainer.model.config
+    assert same(loaded.state_dict(), trainer.average.state_dict())
+    assert Image.open(tmp_path / "loss.png").size == (720, 420)
+
+
+def test_a_cut_off_save_leaves_the_last_one(tmp_path, monkeypatch):
+    config = tiny(tmp_path, steps=2)
+    train(config, progress=False)
+    before = (tmp_path / "state.pt").read_bytes()
+
+    def half(state, path):
+        with open(path, "wb") as file:
+            file.write(b"half a file")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(OSError, match="No space left"):
+        train(dataclasses.replace(config, steps=3), resume=True, progress=False)
+    assert (tmp_path / "state.pt").read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ema.safetensors", "loss.png", "state.pt"]
+
+
+def test_another_run_is_not_overwritten_or_resumed(tmp_path):
+    config = tiny(tmp_path, steps=1)
+    with pytest.raises(FileNotFoundError, match=r"--resume: there is no state\.pt"):
+        train(config, resume=True, progress=False)
+    train(config, progress=False)
+    with pytest.raises(FileExistsError, match="holds a run; pass --resume"):
+        train(config, progress=False)
+    with pytest.raises(ValueError, match=r"lr = 0\.001 then, 0\.5 now"):
+        train(dataclasses.replace(config, lr=0.5), resume=True, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"accumulate": 3}, "accumulate: got 3, allowed is a divisor of batch_size = 8"),
+        ({"amp": "fp8"}, "amp: got 'fp8', allowed is none, bf16, fp16"),
+        ({"model": "DiT-M/2"}, "model: got 'DiT-M/2', allowed is custom, DiT-XL/2"),
+        ({"ema": 1.0}, r"ema: got 1\.0"),
+        ({"steps": 0}, "steps: got 0"),
+    ],
+)
+def test_wrong_settings_are_named(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        tiny(tmp_path, **changes)
+
+
+def test_the_command_trains_on_a_folder_and_takes_the_recipe_of_digits(tmp_path, capsys):
+    for name in ("a", "b"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        pixels = np.random.default_rng(0).integers(0, 255, (8, 8, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "data" / name / "x.png")
+    options = "--image-size 8 --depth 1 --hidden-size 24 --num-heads 2 --patch-size 4 --steps 2"
+    argv = ["train", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run")]
+    cli.main([*argv, *options.split(), "--batch-size", "4", "--no-flip"])
+    assert "2 steps" in capsys.readouterr().out
+    parser = cli.build_parser()
+    recipe = training.config_from(parser.parse_args(["train", "--data", "digits", "--out", "x"]))
+    assert {k: getattr(recipe, k) for k in training.DIGITS} == training.DIGITS
+    given = ["train", "--data", "digits", "--out", "x", "--lr", "0.5", "--flip"]
+    changed = training.config_from(parser.parse_args(given))
+    assert (changed.lr, changed.flip) == (0.5, True)
+
+
+def test_the_shipped_digits_are_recognised():
+    """A hundred guided samples in few steps; `python -m fastdit.digits` draws the full figure."""
+    model = digits.load_digits_model()
+    assert sum(p.numel() for p in model.parameters()) < 600_000
+    assert digits.recognition(model, cfg_scale=2.0, count=100, steps=20) >= 0.95
+
+
+def test_the_reader_reads_real_digits_and_rejects_others():
+    reader, data = digits.Reader(), digits.load_digits()
+    assert reader.accuracy(data.images, data.labels) > 0.99
+    assert reader.accuracy(data.images, (data.labels + 1) % 10) < 0.01
