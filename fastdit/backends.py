@@ -169,7 +169,9 @@ def explain(op: str | None = None, *args: Any, **kwargs: Any) -> Explanation:
     """
     if op is not None and op not in OPS:
         raise ValueError(f"op: got {op!r}, allowed are {', '.join(OPS)}")
-    if args or kwargs:
+    if op is None and (args or kwargs):
+        raise ValueError("op: got None with arguments, allowed is the name of the op they are for")
+    if op is not None and (args or kwargs):
         from fastdit.ops import _library
 
         device, schema_args = _library.OPS[op].bind(*args, **kwargs)

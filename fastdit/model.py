@@ -172,7 +172,8 @@ class DiT(nn.Module):
         }
         _check_config(self.config)
         self.input_size = _pair("input_size", input_size)
-        self.grid = tuple(size // patch_size for size in self.input_size)
+        height, width = self.input_size
+        self.grid = (height // patch_size, width // patch_size)
         self.learn_sigma = learn_sigma
         self.in_channels = in_channels
         self.out_channels = in_channels * 2 if learn_sigma else in_channels

@@ -9,7 +9,8 @@ batch starting from it, and noise for 2B rows at every step. A seed gives its sa
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ def _labels(model: DiT, classes: Sequence[int] | Tensor, device: torch.device) -
 
 
 @contextlib.contextmanager
-def _seeded(seed: int | None, device: torch.device):
+def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
     """Draws inside the block come from `seed`; the caller's generators are left as they were."""
     if seed is None:
         yield
@@ -93,7 +94,8 @@ def sample(
     if guided and model.y_embedder.dropout_prob == 0:
         raise _allowed("cfg_scale", cfg_scale, "1 for a model without a null class")
 
-    call, kwargs = model, {"y": labels}
+    call: Callable[..., Tensor] = model
+    kwargs: dict[str, Any] = {"y": labels}
     if guided:
         null = torch.full_like(labels, model.num_classes)
         channels = min(3, model.in_channels) if guided_channels is None else guided_channels
@@ -101,12 +103,12 @@ def sample(
         kwargs["guided_channels"] = channels
         call = model.forward_with_cfg
     diffusion = create_diffusion(str(steps), learn_sigma=model.learn_sigma)
-    loop = {
+    loop: Callable[..., Tensor] = {
         "ddpm": diffusion.p_sample_loop,
         "ddim": diffusion.ddim_sample_loop,
         "dpm++": diffusion.dpm_solver_sample_loop,
     }[solver]
-    options = {"eta": eta} if solver == "ddim" else {}
+    options: dict[str, Any] = {"eta": eta} if solver == "ddim" else {}
     with _seeded(seed, parameter.device):
         shape = (len(labels), model.in_channels, *model.input_size)
         z = torch.randn(*shape, device=parameter.device).to(parameter.dtype)

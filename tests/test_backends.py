@@ -95,6 +95,8 @@ def test_explain(kernel):
     assert {c.op for c in fastdit.explain()} == set(backends.OPS)
     with pytest.raises(ValueError, match="op: got 'softmax', allowed are adaln"):
         fastdit.explain("softmax")
+    with pytest.raises(ValueError, match="op: got None with arguments"):
+        fastdit.explain(None, X)
     with pytest.raises(ValueError, match="shift: got"):
         fastdit.explain("adaln", X, torch.ones(3))
 
