@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
+SHAPE = (4, 2, 3, 3)
+
 
 def toy(learn_sigma: bool = True):
     """The analytic model of the oracle's diffusion files."""
@@ -23,6 +25,17 @@ def toy(learn_sigma: bool = True):
         return torch.cat([epsilon, torch.cos(1.3 * x - tt)], 1) if learn_sigma else epsilon
 
     return model
+
+
+def random(seed: int, dtype=torch.float64, shape=SHAPE) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def close(got: Tensor, want: Tensor, rtol: float = 1e-5) -> None:
+    """Within `rtol` of each element, or of 1 where it is smaller."""
+    assert got.shape == want.shape
+    error = ((got - want).abs() / want.abs().clamp(min=1)).max().item()
+    assert error <= rtol, f"{error:.1e}"
 
 
 class Plain:

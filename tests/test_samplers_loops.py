@@ -1,0 +1,165 @@
+"""Whole sampling runs: the published draws, one op a step, no host sync, shapes and dtypes."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from plain_diffusion import SHAPE, Plain, close, random, toy
+from torch import Tensor
+
+from fastdit import backends, reference
+from fastdit.diffusion import create_diffusion
+
+LOOPS = ("p_sample_loop", "ddim_sample_loop", "dpm_solver_sample_loop")
+
+
+def dropout(x: Tensor, t: Tensor) -> Tensor:
+    """A model that draws from the generator too: the order of all draws matters."""
+    return torch.nn.functional.dropout(toy()(x, t), 0.1)
+
+
+def published_run(diffusion, model, shape, eta: float | None) -> Tensor:
+    """DDPM (eta None) or DDIM as published: model, then noise, at every step, t = 0 and eta = 0
+    too."""
+    plain, x = Plain(diffusion.betas), torch.randn(*shape)
+    for t in reversed(range(diffusion.num_timesteps)):
+        output = model(x, torch.full(shape[:1], diffusion.timestep_map[t]))
+        z = torch.randn_like(x)
+        x0 = plain.x0(x, output[:, :2], t)
+        spread = plain.variance("learned_range", t, output[:, 2:])
+        x = plain.ddpm(x, x0, t, spread, z) if eta is None else plain.ddim(x, x0, t, eta, z)
+    return x
+
+
+@pytest.mark.parametrize("eta", [None, 0.0, 0.5])
+@pytest.mark.parametrize("start", [False, True], ids=["drawn", "given"])
+def test_a_seed_gives_the_published_samples(eta, start):
+    diffusion = create_diffusion("8")
+    torch.manual_seed(6)
+    want = published_run(diffusion, dropout, SHAPE, eta)
+    after = torch.rand(())
+    torch.manual_seed(6)
+    noise = torch.randn(*SHAPE) if start else None
+    given = {"noise": noise, "clip_denoised": False, "device": "cpu"}
+    if eta is None:
+        got = diffusion.p_sample_loop(dropout, SHAPE, **given)
+    else:
+        got = diffusion.ddim_sample_loop(dropout, SHAPE, eta=eta, **given)
+    close(got, want, rtol=5e-5)  # eight steps in float32, the first of which multiplies by 150
+    assert torch.rand(()) == after
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_loop_is_its_progressive_run_and_calls_noise_fn_once_a_step(loop):
+    diffusion, calls, x = create_diffusion("ddim10"), [], random(0, torch.float32)
+    extra = {} if loop.startswith("dpm") else {"noise_fn": lambda x: calls.append(x) or z}
+    z = torch.ones(SHAPE)
+    steps = list(getattr(diffusion, f"{loop}_progressive")(toy(), SHAPE, noise=x, **extra))
+    assert len(steps) == 10
+    assert all(set(out) == {"sample", "pred_xstart"} for out in steps)
+    if extra:
+        inputs = [x, *(out["sample"] for out in steps[:-1])]
+        assert all(torch.equal(a, b) for a, b in zip(calls, inputs, strict=True))
+    last = getattr(diffusion, loop)(toy(), list(SHAPE), noise=x, **extra)
+    assert torch.equal(last, steps[-1]["sample"])
+    assert not last.requires_grad
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_consumer_can_replace_the_sample(loop):
+    """As inpainting does between the steps of a progressive run."""
+    starts = []
+
+    def model(x, t):
+        starts.append(x)
+        return toy()(x, t)
+
+    run = getattr(create_diffusion("ddim4"), f"{loop}_progressive")
+    for out in run(model, SHAPE, noise=random(0)):
+        out["sample"] = torch.zeros_like(out["sample"])
+    assert len(starts) == 4
+    assert all(not x.any() for x in starts[1:])
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_every_step_is_one_call_of_the_op(loop):
+    calls = []
+
+    def run(*args):
+        calls.append(args)
+        return reference.diffusion_step(*args)
+
+    kernel = backends.Kernel("diffusion_step", "cpu", "counting", run)
+    backends.register(kernel)
+    try:
+        getattr(create_diffusion("ddim10"), loop)(toy(), SHAPE, noise=random(0))
+    finally:
+        backends.unregister(kernel)
+    assert len(calls) == 10
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_loop_reads_no_tensor_on_the_host(loop):
+    """Meta tensors have no values: reading one is an error."""
+    samples = getattr(create_diffusion("ddim10"), loop)(toy(), SHAPE, device="meta")
+    assert samples.is_meta
+    assert samples.shape == SHAPE
+
+
+@pytest.mark.parametrize("progress", [False, True])
+def test_the_device_comes_from_the_model_and_the_bar_only_when_asked(progress, capsys):
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones(()))
+
+        def forward(self, x, t):
+            return toy()(x, t) * self.scale
+
+    for model in (Model(), Model().forward):
+        samples = create_diffusion("ddim4").p_sample_loop(model, SHAPE, progress=progress)
+        assert samples.device.type == "cpu"
+    assert ("4/4" in capsys.readouterr().err) == progress
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("loop", LOOPS)
+def test_low_precision_runs_stay_near_the_exact_one(loop, dtype):
+    diffusion, x = create_diffusion("ddim10"), random(0, dtype)
+    draws = [random(seed, dtype) for seed in range(10)]
+
+    def run(dtype):
+        noise = iter(draws)
+        extra = {} if loop.startswith("dpm") else {"noise_fn": lambda _x: next(noise).to(dtype)}
+        return getattr(diffusion, loop)(toy(), SHAPE, noise=x.to(dtype), **extra)
+
+    low, exact = run(dtype), run(torch.float64)
+    assert low.dtype == dtype
+    assert (low - exact).abs().max() <= 30 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("shape", [(0, 2, 3, 3), (3, 5), (2, 3, 7)], ids=["empty", "flat", "1d"])
+def test_other_shapes(loop, shape):
+    """Each sample's values do not depend on how they are laid out."""
+    diffusion, x = create_diffusion("ddim4"), random(0, shape=shape)
+    extra = {} if loop.startswith("dpm") else {"noise_fn": torch.ones_like}
+    got = getattr(diffusion, loop)(toy(), shape, noise=x, **extra)
+    assert got.shape == shape
+    as_image = x.reshape(*shape[:2], math.prod(shape[2:]), 1)
+    want = getattr(diffusion, loop)(toy(), as_image.shape, noise=as_image, **extra)
+    assert torch.equal(got, want.reshape(shape))
+
+
+def test_one_step_schedule():
+    """There is no t = 1 to take the variance at t = 0 from: beta's own stands in."""
+    diffusion, x = create_diffusion("1"), random(0, torch.float32)
+    out = diffusion.p_sample_loop(toy(), SHAPE, noise=x, clip_denoised=False)
+    want = Plain(diffusion.betas).x0(x, toy()(x, torch.zeros(4))[:, :2], 0)
+    close(out, want)
+    for sigma_small in (False, True):
+        fixed = create_diffusion("1", learn_sigma=False, sigma_small=sigma_small)
+        log = fixed.p_mean_variance(toy(False), x, torch.zeros(4, dtype=torch.int64))
+        assert log["log_variance"].unique().item() == pytest.approx(math.log(fixed.betas[0]))
