@@ -1,266 +1,182 @@
-"""Training data: folders of images, `.npz` arrays, and scikit-learn's handwritten digits.
+"""Training data: folders of images, arrays in an `.npz`, or scikit-learn's handwritten digits.
 
-All are `(C, H, W)` float32 with an integer label. A run reads an endless stream, made of one
-permutation after another: sample k is number k mod n of permutation ⌊k/n⌋, which (seed, ⌊k/n⌋)
-alone determines, and so does whether it is mirrored. Batch i is samples i·B to (i+1)·B − 1, so a
-run resumes at any batch without replaying those before it, and no sample is ever left out.
+A data set gives images in [-1, 1] with labels by index; `order` says which indices come when. The
+order depends only on the seed and the count of samples seen, so that a resumed run sees what an
+uninterrupted one would.
 """
 
 from __future__ import annotations
 
-import zipfile
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
-class Data(Protocol):
-    """Samples with labels, by number.
-
-    Attributes:
-        shape: `(C, H, W)` of each sample.
-        num_classes: labels are 0 to num_classes − 1.
-        mirrors: a mirrored sample is as good as the sample: photographs, not digits or latents.
-    """
+class Dataset(Protocol):
+    """Labelled images: `shape` (C, H, W), `num_classes`, a length, and batches by index."""
 
     shape: tuple[int, int, int]
     num_classes: int
-    mirrors: bool
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]: ...
+    def batch(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+        """`(B, C, H, W)` float32 images in [-1, 1] (latents as they are) and int64 labels."""
+        ...
 
 
+def order(length: int, seed: int, start: int, count: int) -> np.ndarray:
+    """The indices of samples `start` to `start + count` of an endless run.
+
+    Every epoch is a permutation of its own, drawn from (seed, epoch); a batch may end one and
+    begin the next.
+    """
+    positions = np.arange(start, start + count)
+    out = np.empty(count, dtype=np.int64)
+    for epoch in np.unique(positions // length):
+        permutation = np.random.default_rng([seed, int(epoch)]).permutation(length)
+        inside = positions // length == epoch
+        out[inside] = permutation[positions[inside] % length]
+    return out
+
+
+@dataclass(frozen=True)
 class ArrayData:
-    """Samples in memory.
+    """Images that fit in memory: `(N, C, H, W)` float32, or uint8 which is scaled when read."""
 
-    Args:
-        images: uint8 `(N, H, W, C)` images, or floating `(N, C, H, W)` that are used as they are.
-        labels: integers `(N,)`; None is one class, 0.
-        mirrors: see `Data`; None is true for uint8 images alone.
+    images: Tensor
+    labels: Tensor
+    num_classes: int
 
-    Raises:
-        ValueError: another layout, no samples, labels that do not match, NaN or infinity.
-    """
-
-    def __init__(
-        self, images: np.ndarray, labels: np.ndarray | None = None, mirrors: bool | None = None
-    ) -> None:
-        self._pixels = images.dtype == np.uint8
-        floating = np.issubdtype(images.dtype, np.floating)
-        if images.ndim != 4 or images.size == 0 or not (self._pixels or floating):
-            raise ValueError(
-                f"images: got {images.dtype} {images.shape}, allowed is uint8 (N, H, W, C) images "
-                "or floating-point (N, C, H, W) latents, at least one"
-            )
-        if floating and not np.isfinite(images).all():
-            raise ValueError("images: got NaN or infinity, allowed are finite values")
-        labels = np.zeros(len(images), np.int64) if labels is None else np.asarray(labels)
-        whole = np.issubdtype(labels.dtype, np.integer)
-        if labels.shape != (len(images),) or not whole or labels.min() < 0:
-            raise ValueError(
-                f"labels: got {labels.dtype} {labels.shape}, allowed are integers >= 0 of shape "
-                f"({len(images)},)"
-            )
-        self._images, self._labels = images, labels
-        height, width, channels = images.shape[1:] if self._pixels else np.roll(images.shape[1:], 2)
-        self.shape = (int(channels), int(height), int(width))
-        self.num_classes = int(labels.max()) + 1
-        self.mirrors = self._pixels if mirrors is None else mirrors
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return tuple(self.images.shape[1:])
 
     def __len__(self) -> int:
-        return len(self._images)
+        return len(self.images)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image = self._images[index]
-        if self._pixels:
-            return pixels_to_tensor(image), int(self._labels[index])
-        return torch.from_numpy(image.astype(np.float32)), int(self._labels[index])
+    def batch(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+        chosen = torch.from_numpy(indices)
+        images = self.images[chosen]
+        if images.dtype == torch.uint8:
+            images = images.float() / 127.5 - 1
+        return images, self.labels[chosen]
 
 
-class ImageFolder:
-    """Images in one sub-folder for each class; classes are numbered in the names' order.
+class FolderData:
+    """A folder with one sub-folder of images for each class, in the order of their names.
 
-    Args:
-        root: the folder of the classes' folders, which may hold further folders.
-        size: images are centre-cropped to size × size.
-
-    Raises:
-        FileNotFoundError: no such folder.
-        ValueError: no class folders, a class without images; later, an unreadable image.
+    Images are halved while twice the size fits, resized so that the short side does, and cropped
+    at the centre, as in ADM (Dhariwal & Nichol 2021).
     """
 
-    mirrors = True
-
-    def __init__(self, root: str | Path, size: int) -> None:
-        root = Path(root)
-        if not root.is_dir():
-            raise FileNotFoundError(f"data: got {str(root)!r}, which is not a folder")
-        if size < 1:
-            raise ValueError(f"image_size: got {size}, allowed is a positive int")
-        self.classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
-        if not self.classes:
+    def __init__(self, folder: Path, size: int) -> None:
+        classes = sorted(p for p in folder.iterdir() if p.is_dir())
+        found = [
+            (path, label)
+            for label, sub in enumerate(classes)
+            for path in sorted(sub.rglob("*"))
+            if path.suffix.lower() in SUFFIXES
+        ]
+        if not found:
             raise ValueError(
-                f"data: {str(root)!r} has no sub-folders; put each class's images in one of its own"
+                f"--data: got {str(folder)!r} without images, allowed is a folder with one "
+                f"sub-folder of {', '.join(sorted(SUFFIXES))} files for each class"
             )
-        self._files: list[tuple[Path, int]] = []
-        for label, name in enumerate(self.classes):
-            files = sorted(
-                path for path in (root / name).rglob("*") if path.suffix.lower() in EXTENSIONS
-            )
-            if not files:
-                raise ValueError(
-                    f"data: the class folder {str(root / name)!r} has no images; allowed are "
-                    f"{', '.join(EXTENSIONS)}"
-                )
-            self._files += [(path, label) for path in files]
+        self.files = found
         self.shape = (3, size, size)
-        self.num_classes = len(self.classes)
+        self.num_classes = len(classes)
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self.files)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        path, label = self._files[index]
-        try:
-            with Image.open(path) as image:
-                pixels = center_crop(image.convert("RGB"), self.shape[1])
-        except (UnidentifiedImageError, OSError, SyntaxError) as error:
-            raise ValueError(f"data: cannot read the image {str(path)!r} ({error})") from error
-        return pixels_to_tensor(np.asarray(pixels)), label
+    def batch(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+        chosen = [self.files[i] for i in indices]
+        size = self.shape[1]
+        pixels = np.stack([center_crop(path, size) for path, _label in chosen])
+        images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+        return images.contiguous(), torch.tensor([label for _path, label in chosen])
 
 
-def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """The middle square of an image at size × size, as ADM prepares ImageNet.
-
-    Halved by box averaging while the shorter side is at least twice `size`, then scaled bicubically
-    so that it is `size` (Dhariwal & Nichol 2021).
-    """
+def center_crop(path: Path, size: int) -> np.ndarray:
+    """The file as `(size, size, 3)` uint8."""
+    with Image.open(path) as file:
+        image = file.convert("RGB")
     while min(image.size) >= 2 * size:
-        halved = (image.width // 2, image.height // 2)
-        image = image.resize(halved, Image.Resampling.BOX)
-    scale = size / min(image.size)
-    scaled = (round(image.width * scale), round(image.height * scale))
-    image = image.resize(scaled, Image.Resampling.BICUBIC)
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    factor = size / min(image.size)
+    image = image.resize(
+        (max(size, round(image.width * factor)), max(size, round(image.height * factor))),
+        Image.Resampling.BICUBIC,
+    )
     left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
-def pixels_to_tensor(pixels: np.ndarray) -> Tensor:
-    """`(H, W, C)` uint8 as `(C, H, W)` float32 in [−1, 1]."""
-    return torch.from_numpy(pixels.astype(np.float32) / 127.5 - 1.0).permute(2, 0, 1).contiguous()
+def load_npz(path: Path) -> ArrayData:
+    """Images `arr_0` (or `images`) and labels `arr_1` (or `labels`).
 
-
-def load_npz(path: str | Path) -> ArrayData:
-    """Images `images` or `arr_0`, and labels `labels` or `arr_1` if there are any, of an `.npz`.
+    uint8 images are `(N, H, W, C)`, as the ADM evaluator's; floating-point ones are latents or
+    images already in [-1, 1], `(N, C, H, W)`. Without labels there is one class.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: not an `.npz`, or without images.
+        ValueError: the arrays are missing or have other shapes.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"data: no such file: {str(path)!r}")
+    with np.load(path, allow_pickle=False) as file:
+        named = {"arr_0": "images", "arr_1": "labels"}
+        arrays = {named.get(k, k): file[k] for k in file.files}
+    images = arrays.get("images")
+    if images is None or images.ndim != 4 or len(images) == 0:
+        got = "no arr_0" if images is None else images.shape
+        raise ValueError(
+            f"--data: got {got} in {str(path)!r}, allowed is arr_0 with four axes: "
+            "(N, H, W, C) uint8 or (N, C, H, W) floats"
+        )
+    tensor = torch.from_numpy(images)
+    tensor = tensor.permute(0, 3, 1, 2) if tensor.dtype == torch.uint8 else tensor.float()
+    labels = arrays.get("labels", np.zeros(len(images), np.int64)).astype(np.int64)
+    if labels.shape != (len(images),) or labels.min() < 0:
+        raise ValueError(
+            f"--data: got labels {labels.shape} in {str(path)!r}, allowed is "
+            f"({len(images)},) integers >= 0"
+        )
+    return ArrayData(tensor.contiguous(), torch.from_numpy(labels), int(labels.max()) + 1)
+
+
+def load_digits() -> ArrayData:
+    """Scikit-learn's 1,797 handwritten digits, 8x8, one channel, sixteen greys (UCI, Alpaydin)."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            found = {name: arrays[name] for name in arrays.files if name in _NPZ_NAMES}
-    except (ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-        raise ValueError(f"data: {str(path)!r} is not an .npz of plain arrays ({error})") from error
-    images = found.get("images", found.get("arr_0"))
-    if images is None:
-        raise ValueError(f"data: {str(path)!r} has no array named images or arr_0")
-    labels = found.get("labels", found.get("arr_1"))
-    try:
-        return ArrayData(images, labels)
-    except ValueError as error:
-        raise ValueError(f"data: {str(path)!r}: {error}") from error
+        from sklearn import datasets
+    except ImportError:
+        raise ImportError(
+            "--data digits needs scikit-learn: pip install 'fastdit[train]'"
+        ) from None
+    digits = datasets.load_digits()
+    images = torch.from_numpy(digits.images).float().unsqueeze(1) / 8 - 1
+    return ArrayData(images, torch.from_numpy(digits.target).long(), 10)
 
 
-_NPZ_NAMES = ("images", "arr_0", "labels", "arr_1")
-
-
-def load_data(data: str | Path, image_size: int) -> Data:
-    """The samples that `data` names: `digits`, an `.npz` file, or a folder of images.
+def load_data(source: str, size: int) -> Dataset:
+    """`"digits"`, an `.npz` file, or a folder of images cropped to `size` pixels.
 
     Raises:
         FileNotFoundError: there is no such file or folder.
-        ValueError: it holds something else.
-        ImportError: `digits` without scikit-learn.
+        ValueError: it holds no data.
     """
-    if str(data) == "digits":
-        from fastdit import digits
-
-        return ArrayData(*digits.load(), mirrors=False)
-    path = Path(data).expanduser()
-    if path.suffix == ".npz":
+    if source == "digits":
+        return load_digits()
+    path = Path(source)
+    if path.is_dir():
+        return FolderData(path, size)
+    if path.suffix == ".npz" and path.exists():
         return load_npz(path)
-    if path.is_file():
-        raise ValueError(f"data: got the file {str(data)!r}, allowed is 'digits', .npz or a folder")
-    return ImageFolder(path, image_size)
-
-
-class Stream:
-    """The endless stream of a data set's samples, by position.
-
-    Args:
-        data: the samples.
-        seed: of the order and the mirroring, >= 0.
-        mirror: mirror each sample with probability ½.
-    """
-
-    def __init__(self, data: Data, seed: int, mirror: bool) -> None:
-        self._data, self._seed, self._mirror = data, seed, mirror
-        self._epoch = -1
-
-    def __getitem__(self, position: int) -> tuple[Tensor, int]:
-        epoch, place = divmod(position, len(self._data))
-        if epoch != self._epoch:
-            random = np.random.default_rng((self._seed, epoch))
-            self._order = random.permutation(len(self._data))
-            self._mirrored = random.random(len(self._data)) < 0.5
-            self._epoch = epoch
-        image, label = self._data[int(self._order[place])]
-        return image.flip(-1) if self._mirror and self._mirrored[place] else image, label
-
-
-def batches(
-    stream: Stream, batch_size: int, first: int = 0, workers: int = 0
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches `first`, `first` + 1, ... without end: `(B, C, H, W)` float32, `(B,)` int64.
-
-    Args:
-        stream: the samples in their order.
-        batch_size: B.
-        first: the batch to begin with.
-        workers: processes that read ahead; 0 reads in this one. The batches are the same.
-    """
-    loader = DataLoader(
-        stream,
-        batch_sampler=_Positions(batch_size, first),
-        num_workers=workers,
-        # Its own generator: the loader would draw a seed from the global one, once for each resume.
-        generator=torch.Generator(),
+    raise FileNotFoundError(
+        f"--data: got {source!r}, allowed is 'digits', an .npz file or a folder of images"
     )
-    yield from loader
-
-
-class _Positions:
-    """The positions of each batch, from `first` on."""
-
-    def __init__(self, batch_size: int, first: int) -> None:
-        self._batch_size, self._first = batch_size, first
-
-    def __iter__(self) -> Iterator[range]:
-        batch = self._first
-        while True:
-            yield range(batch * self._batch_size, (batch + 1) * self._batch_size)
-            batch += 1

@@ -1,362 +1,343 @@
-"""`fastdit train`: train a DiT on a folder of images, an `.npz`, or the handwritten digits.
+"""Training: the published recipe with what a long run needs.
 
-    fastdit train --data digits --out runs/digits
-    fastdit train --data photos/ --image-size 64 --model DiT-S/4 --out runs/photos
-    fastdit train --data photos/ --image-size 64 --model DiT-S/4 --out runs/photos --resume
-
-The folder OUT receives `state.pt` (everything a resumed run needs), `ema.safetensors` (the model to
-sample from), `loss.png` and `samples/`. Ctrl-C finishes the step, saves and stops; a run resumed
-from there ends with the same bits as one that was never stopped.
+AdamW on the diffusion loss, an exponential moving average (EMA) of the weights from which all
+samples are drawn, and a state file from which a run goes on exactly: interrupted and resumed, it
+ends with the same bits as if nothing had happened. The state holds the weights, their average, the
+optimiser, the gradient scaler, the step, and the random generators; the order of the data follows
+from the seed and the step.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
+import copy
 import dataclasses
-import signal
-import threading
-from collections.abc import Callable, Iterator
+import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
-import numpy as np
 import torch
-from tqdm.auto import tqdm
+from torch import Tensor, nn
 
+from fastdit import data as datasets
 from fastdit import images
-from fastdit.checkpoint import CheckpointError, save_model
-from fastdit.checkpoint_files import atomic_write
-from fastdit.data import Data, Stream, batches, load_data
+from fastdit.backends import devices
+from fastdit.checkpoint import atomic_write, save_model
+from fastdit.diffusion import create_diffusion
 from fastdit.model import DiT, DiT_models
 from fastdit.sampling import sample
-from fastdit.trainer import AMP, SCHEDULES, Trainer
 
-SUMMARY = "train a model"
+SUMMARY = "train a DiT on a folder of images, an .npz file, or the digits"
+AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 STATE, WEIGHTS, CURVE = "state.pt", "ema.safetensors", "loss.png"
 
 
-def _option(default: Any, help: str, choices: Any = None) -> Any:
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class TrainConfig:
-    """All of a run. The defaults are the published ones; each field is an option of the command.
+    """A run. The defaults are the published ones, but for what depends on the data.
 
-    Raises:
-        ValueError: a value that is not allowed, which is named.
+    `model` is a name of `DiT_models`, or "custom" with `depth`, `hidden_size`, `num_heads` and
+    `patch_size`. `batch_size` samples make an update, `accumulate` of them at a time in turn.
     """
 
-    data: str = _option(dataclasses.MISSING, "'digits', an .npz file, or a folder of class folders")
-    out: str = _option(dataclasses.MISSING, "folder of the run")
-    model: str = _option("DiT-XL/2", "published model whose shape is used", tuple(DiT_models))
-    depth: int | None = _option(None, "blocks, instead of the model's")
-    width: int | None = _option(None, "width of the tokens, instead of the model's")
-    heads: int | None = _option(None, "attention heads, instead of the model's")
-    patch: int | None = _option(None, "side of a patch, instead of the model's")
-    num_classes: int | None = _option(None, "default: as many as the data has")
-    class_dropout: float = _option(0.1, "share of labels dropped; 0 allows no guidance")
-    learn_sigma: bool = _option(True, "also learn the variance")
-    image_size: int = _option(256, "images of a folder are cropped to this size")
-    mirror: bool | None = _option(None, "mirror half of the samples; default: images only")
-    noise_schedule: str = _option("linear", "of the diffusion", ("linear", "cosine"))
-    steps: int = _option(400_000, "optimiser steps")
-    batch_size: int = _option(256, "samples of a step")
-    accumulate: int = _option(1, "parts that a batch is computed in, to save memory")
-    lr: float = _option(1e-4, "learning rate of AdamW")
-    weight_decay: float = _option(0.0, "of AdamW")
-    warmup_steps: int = _option(0, "steps over which the rate rises to lr")
-    schedule: str = _option("constant", "the rate after that; cosine ends at 0", SCHEDULES)
-    clip_grad: float | None = _option(None, "largest norm of the gradients; default: none")
-    ema: float = _option(0.9999, "decay of the averaged weights")
-    amp: str = _option("none", "autocast; weights stay float32", tuple(AMP))
-    gradient_checkpointing: bool = _option(False, "recompute each block in the backward pass")
-    seed: int = _option(0, "of the weights, the noise and the order of the data")
-    device: str | None = _option(None, "default: the accelerator, else the CPU")
-    workers: int = _option(0, "processes that read images ahead")
-    checkpoint_every: int = _option(5_000, "steps between two checkpoints")
-    sample_every: int = _option(5_000, "steps between two sample grids; 0 draws none")
-    sample_steps: int = _option(50, "DDIM steps of a grid")
-    cfg_scale: float = _option(2.0, "guidance of a grid; 1 is none")
+    data: str
+    out: str
+    model: str = "custom"
+    depth: int = 3
+    hidden_size: int = 96
+    num_heads: int = 4
+    patch_size: int = 2
+    image_size: int = 256
+    class_dropout_prob: float = 0.1
+    steps: int = 400_000
+    batch_size: int = 256
+    accumulate: int = 1
+    lr: float = 1e-4
+    weight_decay: float = 0.0
+    warmup_steps: int = 0
+    ema: float = 0.9999
+    clip_grad: float | None = None
+    amp: str = "none"
+    flip: bool = True
+    seed: int = 0
+    device: str = "cpu"
+    save_every: int = 5000
+    sample_every: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "checkpoint_every", "sample_steps"):
-            self._require(name, getattr(self, name) >= 1, "an int >= 1")
-        for name in ("warmup_steps", "sample_every", "seed", "workers", "weight_decay"):
-            self._require(name, getattr(self, name) >= 0, "0 or more")
-        self._require("lr", 0 < self.lr < float("inf"), "a positive number")
-        self._require("ema", 0 <= self.ema < 1, "0 to below 1")
-        self._require("clip_grad", self.clip_grad is None or self.clip_grad > 0, "more than 0")
-        parts = f"a divisor of batch_size = {self.batch_size}"
-        self._require("accumulate", self.batch_size % self.accumulate == 0, parts)
-        for field in dataclasses.fields(self):
-            choices = field.metadata["choices"]
-            allowed = ", ".join(map(repr, choices or ()))
-            self._require(field.name, not choices or getattr(self, field.name) in choices, allowed)
+        positive = ("steps", "batch_size", "accumulate", "save_every", "image_size")
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, allowed is 1 or more")
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"accumulate: got {self.accumulate}, allowed is a divisor of "
+                f"batch_size = {self.batch_size}"
+            )
+        if self.amp not in AMP:
+            raise ValueError(f"amp: got {self.amp!r}, allowed is {', '.join(AMP)}")
+        if self.model != "custom" and self.model not in DiT_models:
+            raise ValueError(
+                f"model: got {self.model!r}, allowed is custom, {', '.join(DiT_models)}"
+            )
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema: got {self.ema}, allowed is 0 to below 1")
 
-    def _require(self, name: str, holds: bool, allowed: str) -> None:
-        if not holds:
-            raise ValueError(f"{name}: got {getattr(self, name)!r}, allowed is {allowed}")
 
-
-RECIPES: dict[str, dict[str, Any]] = {
-    "digits": {
-        "depth": 3,
-        "width": 96,
-        "heads": 6,
-        "patch": 2,
-        "steps": 4500,
-        "batch_size": 64,
-        "lr": 1e-3,
-        "warmup_steps": 100,
-        "schedule": "cosine",
-        "ema": 0.999,
-        "checkpoint_every": 500,
-        "sample_every": 1500,
-    },
+DIGITS = {
+    "steps": 4000,
+    "batch_size": 64,
+    "lr": 1e-3,
+    "ema": 0.998,
+    "warmup_steps": 100,
+    "flip": False,
+    "save_every": 1000,
+    "sample_every": 1000,
 }
-"""Other defaults for data that the package knows. `digits` makes the shipped weights."""
-
-FREE_ON_RESUME = {
-    *("data", "out", "steps", "device", "workers"),
-    *("checkpoint_every", "sample_every", "sample_steps", "cfg_scale"),
-}
-"""Fields that a resumed run may change; the others would make it another run."""
+"""What `--data digits` changes of the defaults: the recipe of the weights that ship."""
 
 
-def recipe(data: str, out: str, **changes: Any) -> TrainConfig:
-    """The configuration for `data`: `RECIPES`' if it has one, with changes."""
-    return TrainConfig(**{"data": data, "out": out, **RECIPES.get(data, {}), **changes})
+def build_model(config: TrainConfig, data: datasets.Dataset) -> DiT:
+    """The model of `config` for images of the data's shape and its classes."""
+    channels, height, width = data.shape
+    options: dict[str, Any] = {
+        "input_size": height if height == width else (height, width),
+        "in_channels": channels,
+        "num_classes": data.num_classes,
+        "class_dropout_prob": config.class_dropout_prob,
+    }
+    if config.model != "custom":
+        return DiT_models[config.model](**options)
+    names = ("depth", "hidden_size", "num_heads", "patch_size")
+    return DiT(**options, **{name: getattr(config, name) for name in names})
+
+
+class Trainer:
+    """A run in progress: `step()` makes one update; `state()` and `restore()` keep it."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.data = datasets.load_data(config.data, config.image_size)
+        self.device = torch.device(config.device)
+        torch.manual_seed(config.seed)
+        self.model = build_model(config, self.data).to(self.device).train()
+        self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
+        self.diffusion = create_diffusion("")
+        self.steps_done = 0
+        self.losses: list[float] = []
+
+    def step(self) -> float:
+        """One update on `batch_size` samples; returns the mean loss."""
+        c = self.config
+        part = c.batch_size // c.accumulate
+        start = self.steps_done * c.batch_size
+        for group in self.optimizer.param_groups:
+            group["lr"] = c.lr * min(1.0, (self.steps_done + 1) / max(1, c.warmup_steps))
+        total = 0.0
+        for i in range(c.accumulate):
+            indices = datasets.order(len(self.data), c.seed, start + i * part, part)
+            loss = self._loss(*self.data.batch(indices)) / c.accumulate
+            self.scaler.scale(loss).backward()
+            total += loss.item()
+        self._update()
+        self.steps_done += 1
+        self.losses.append(total)
+        return total
+
+    def _loss(self, x: Tensor, y: Tensor) -> Tensor:
+        x, y = x.to(self.device), y.to(self.device)
+        if self.config.flip:
+            x = torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x.flip(-1), x)
+        t = torch.randint(0, self.diffusion.num_timesteps, (len(x),), device=self.device)
+        amp = AMP[self.config.amp]
+        with torch.autocast(self.device.type, amp, enabled=amp is not None):
+            terms = self.diffusion.training_losses(self.model, x, t, {"y": y})
+        return terms["loss"].mean()
+
+    def _update(self) -> None:
+        if self.config.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        update_average(self.average, self.model, self.config.ema)
+
+    def state(self) -> dict[str, Any]:
+        """All that the next step depends on."""
+        cuda = self.device.type == "cuda"
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.average.state_dict(),
+            "opt": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "step": self.steps_done,
+            "losses": torch.tensor(self.losses, dtype=torch.float64),
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(self.device) if cuda else None,
+            "config": dataclasses.asdict(self.config),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a state of the same run.
+
+        Raises:
+            ValueError: it is of a run with another model, data, batch or seed.
+        """
+        free = {"out", "steps", "save_every", "sample_every", "device"}
+        ours, theirs = dataclasses.asdict(self.config), state["config"]
+        differing = [k for k in ours if k not in free and ours[k] != theirs.get(k)]
+        if differing:
+            told = ", ".join(f"{k} = {theirs.get(k)!r} then, {ours[k]!r} now" for k in differing)
+            raise ValueError(f"--resume: the run was another one: {told}")
+        self.model.load_state_dict(state["model"])
+        self.average.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["opt"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.steps_done, self.losses = state["step"], state["losses"].tolist()
+        torch.set_rng_state(state["rng"].cpu())
+        if state["cuda_rng"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"].cpu(), self.device)
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """EMA: average = decay·average + (1 - decay)·model, parameter by parameter."""
+    ours = [p for p in average.parameters() if p.is_floating_point()]
+    torch._foreach_lerp_(ours, list(model.parameters()), 1 - decay)
 
 
 def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -> Trainer:
-    """Train, write the run's folder, and return the trainer with the model and its average.
+    """Run `config` to its last step and write its files into `config.out`.
 
-    On SIGINT or SIGTERM the step is finished and saved. The caller's random state is kept.
-
-    Args:
-        config: the run.
-        resume: go on with the run in `config.out`.
-        progress: show a progress bar.
+    `state.pt` to resume from, `ema.safetensors` for `load_model`, `loss.png`, and sample grids.
+    Ctrl-C saves before it stops.
 
     Raises:
-        ValueError: a configuration that does not fit the data or the run resumed, or (`Diverged`)
-            a loss that is not a number.
-        FileNotFoundError: no data, or nothing to resume.
-        KeyboardInterrupt: stopped by a signal, after saving.
+        FileExistsError: the folder holds a run already and `resume` is False.
+        FileNotFoundError: `resume` is True and it holds none.
     """
-    out, device = Path(config.out), _device(config.device)
-    if not resume and (out / STATE).exists():
-        raise ValueError(f"out: {str(out)!r} holds a run; resume it, or choose another folder")
-    if resume and not (out / STATE).is_file():
-        raise FileNotFoundError(f"out: {str(out)!r} has no {STATE} to resume")
-    data = load_data(config.data, config.image_size)
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices), _tf32(device), _stop_signals() as stopped:
-        torch.manual_seed(config.seed)
-        trainer = _trainer(config, build_model(config, data).to(device))
-        if resume:
-            _load(trainer, config, data)
-        out.mkdir(parents=True, exist_ok=True)
-        _run(trainer, config, data, stopped, progress)
-        _save(trainer, config, data)
-    if stopped():
-        tqdm.write(f"stopped and saved at step {trainer.step}; go on with --resume")
-        raise KeyboardInterrupt
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    found = (out / STATE).exists()
+    if found and not resume:
+        raise FileExistsError(f"--out: {str(out)!r} holds a run; pass --resume or another folder")
+    if resume and not found:
+        raise FileNotFoundError(f"--resume: there is no {STATE} in {str(out)!r}")
+    trainer = Trainer(config)
+    if resume:
+        trainer.restore(torch.load(out / STATE, map_location=trainer.device, weights_only=True))
+    try:
+        _loop(trainer, out, progress)
+    finally:
+        save(trainer, out)
     return trainer
 
 
-def build_model(config: TrainConfig, data: Data) -> DiT:
-    """The model that `config` describes, for samples like those of `data`."""
-    names = ("depth", "hidden_size", "num_heads", "patch_size")
-    shape = dict(zip(names, DiT_models[config.model].args, strict=True))
-    given = dict(zip(names, (config.depth, config.width, config.heads, config.patch), strict=True))
-    shape |= {name: value for name, value in given.items() if value is not None}
-    classes = data.num_classes if config.num_classes is None else config.num_classes
-    if classes < data.num_classes:
-        raise ValueError(
-            f"num_classes: got {classes}, allowed is {data.num_classes} or more for this data"
-        )
-    channels, height, width = data.shape
-    model = DiT(
-        input_size=height if height == width else (height, width),
-        in_channels=channels,
-        num_classes=classes,
-        class_dropout_prob=config.class_dropout,
-        learn_sigma=config.learn_sigma,
-        **shape,
-    )
-    model.gradient_checkpointing = config.gradient_checkpointing
-    return model
+def _loop(trainer: Trainer, out: Path, progress: bool) -> None:
+    from tqdm.auto import tqdm
 
-
-def _trainer(config: TrainConfig, model: DiT) -> Trainer:
-    names = (
-        *("steps", "lr", "weight_decay", "warmup_steps", "schedule", "ema"),
-        *("accumulate", "clip_grad", "amp", "noise_schedule"),
-    )
-    return Trainer(model, **{name: getattr(config, name) for name in names})
-
-
-def _run(
-    trainer: Trainer, config: TrainConfig, data: Data, stopped: Callable[[], bool], progress: bool
-) -> None:
-    mirror = data.mirrors if config.mirror is None else config.mirror
-    stream = Stream(data, config.seed, mirror)
-    source = batches(stream, config.batch_size, trainer.step, config.workers)
-    bar = tqdm(
-        total=config.steps, initial=trainer.step, unit="step", disable=not progress, smoothing=0.05
-    )
-    with bar, contextlib.closing(source):
-        while trainer.step < config.steps and not stopped():
-            trainer.advance(source)
+    c = trainer.config
+    bar = tqdm(total=c.steps, initial=trainer.steps_done, disable=not progress, unit="step")
+    recent, clock = None, time.perf_counter()
+    with bar:
+        while trainer.steps_done < c.steps:
+            loss = trainer.step()
+            recent = loss if recent is None else 0.98 * recent + 0.02 * loss
             bar.update()
-            rate = (bar.format_dict.get("rate") or 0) * config.batch_size
-            bar.set_postfix_str(
-                f"loss {trainer.recent_loss():.4f}, {rate:.0f} images/s", refresh=False
-            )
-            if config.sample_every and trainer.step % config.sample_every == 0:
-                save_samples(trainer.ema, config, trainer.step)
-            if trainer.step % config.checkpoint_every == 0 and trainer.step < config.steps:
-                _save(trainer, config, data)
+            now = time.perf_counter()
+            bar.set_postfix_str(f"loss {recent:.4f}, {c.batch_size / (now - clock):.0f} images/s")
+            clock = now
+            if c.sample_every and trainer.steps_done % c.sample_every == 0:
+                save_samples(trainer, out / f"samples-{trainer.steps_done:07d}.png")
+            if trainer.steps_done % c.save_every == 0 and trainer.steps_done < c.steps:
+                save(trainer, out)
 
 
-def _save(trainer: Trainer, config: TrainConfig, data: Data) -> None:
-    out = Path(config.out)
-    state = trainer.state()
-    state |= {"train": dataclasses.asdict(config), "samples": len(data)}
-    atomic_write(out / STATE, lambda temporary: torch.save(state, temporary))
-    save_model(trainer.ema, out / WEIGHTS)
-    if trainer.losses():
-        save_curve(trainer.losses(), out / CURVE)
+def save(trainer: Trainer, out: Path) -> None:
+    """The state, the EMA weights and the loss curve, each written whole or not at all."""
+    atomic_write(out / STATE, lambda path: torch.save(trainer.state(), path))
+    save_model(trainer.average, out / WEIGHTS)
+    if trainer.losses:
+        atomic_write(out / CURVE, lambda path: plot_losses(trainer.losses, path))
 
 
-def _load(trainer: Trainer, config: TrainConfig, data: Data) -> None:
-    path = Path(config.out) / STATE
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        before, samples = state["train"], state["samples"]
-    except (RuntimeError, EOFError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: not the state of a run, or damaged ({error})") from error
-    fixed = set(before) - FREE_ON_RESUME | ({"steps"} if config.schedule != "constant" else set())
-    for name in sorted(fixed):
-        now = getattr(config, name, None)
-        if now != before[name]:
-            raise ValueError(f"{name}: got {now!r}, allowed is {before[name]!r}, as the run began")
-    if len(data) != samples:
-        raise ValueError(f"data: got {len(data)} samples, allowed is {samples}, as the run began")
-    if config.steps < state["step"]:
-        raise ValueError(f"steps: got {config.steps}, allowed is {state['step']} (done) or more")
-    trainer.load_state(state)
-
-
-def save_curve(losses: list[float], path: Path) -> None:
-    """Plot the loss of every step, and its running mean, on logarithmic axes."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "the loss curve is drawn by matplotlib: pip install 'fastdit[train]'"
-        ) from error
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    window = max(1, len(losses) // 100)
-    mean = np.convolve(losses, np.full(window, 1 / window), "valid")
-    steps = np.arange(1, len(losses) + 1)
-    axes.plot(steps, losses, color="0.8", linewidth=0.6, label="each step")
-    axes.plot(steps[window - 1 :], mean, color="C0", label=f"mean of {window}")
-    axes.set(xlabel="step", ylabel="loss", xscale="log", yscale="log")
-    axes.legend()
-    canvas = FigureCanvasAgg(figure)
-    atomic_write(path, lambda temporary: canvas.print_png(temporary))
-
-
-def save_samples(model: DiT, config: TrainConfig, step: int) -> None:
-    """A grid of up to ten classes, eight samples each, in `samples/`."""
-    classes = [label for label in range(min(10, model.num_classes)) for _ in range(8)]
+def save_samples(trainer: Trainer, path: Path) -> None:
+    """A grid of the average's samples, a row for each of the first ten classes, drawn from the
+    run's seed without touching its generators."""
+    model = trainer.average
+    rows = min(10, model.num_classes)
+    classes = [label for label in range(rows) for _ in range(8)]
     pixels = model.in_channels in (1, 3)
-    samples = sample(
+    guided = model.y_embedder.dropout_prob > 0
+    out = sample(
         model,
         classes,
-        steps=config.sample_steps,
-        solver="ddim",
-        cfg_scale=config.cfg_scale if config.class_dropout else 1,
-        seed=config.seed,
+        steps=20,
+        cfg_scale=2.0 if guided else 1.0,
+        solver="dpm++",
+        seed=trainer.config.seed,
         clip_denoised=pixels,
     )
-    shown = samples if pixels else samples[:, :3] / samples[:, :3].abs().amax()
-    picture = images.grid(images.to_uint8(shown), 8, scale=max(1, 64 // samples.shape[-1]))
-    path = Path(config.out) / "samples" / f"{step:07d}.png"
-    atomic_write(path, lambda temporary: picture.save(temporary, format="png"))
+    shown = out if pixels else out[:, :3] / out[:, :3].abs().amax()
+    scale = max(1, 64 // out.shape[-1])
+    labels = [str(row) for row in range(rows)]
+    images.grid(images.to_uint8(shown), 8, scale=scale, row_labels=labels).save(path)
 
 
-def _device(name: str | None) -> torch.device:
-    if name is not None:
-        return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def plot_losses(losses: list[float], path: Path) -> None:
+    """The loss of every step and its running mean, as a PNG."""
+    import matplotlib
 
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
 
-@contextlib.contextmanager
-def _tf32(device: torch.device) -> Iterator[None]:
-    """TF32 products on GPUs, as published; the setting is put back."""
-    before = torch.get_float32_matmul_precision()
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """Whether SIGINT or SIGTERM came; the second one acts at once, as it would have."""
-    came: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def stop(number: int, _frame: Any) -> None:
-        came.append(number)
-        restore()
-
-    for number in before:
-        signal.signal(number, stop)
-    try:
-        yield lambda: bool(came)
-    finally:
-        restore()
+    values = np.asarray(losses)
+    window = max(1, len(values) // 50)
+    mean = np.convolve(values, np.ones(window) / window, mode="valid")
+    figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    axes.plot(values, color="0.8", linewidth=0.6, label="each step")
+    axes.plot(np.arange(len(mean)) + window - 1, mean, label=f"mean of {window}")
+    axes.set(xlabel="step", ylabel="loss", yscale="log")
+    axes.legend()
+    figure.savefig(path, format="png", dpi=120)
+    plt.close(figure)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare one option for each field of `TrainConfig`, and `--resume`."""
-    hints = get_type_hints(TrainConfig)
+    """One option for each field of `TrainConfig`; what is not given is the data's default."""
+    kinds = {"int": int, "float": float, "str": str, "float | None": float}
     for field in dataclasses.fields(TrainConfig):
+        option = f"--{field.name.replace('_', '-')}"
         required = field.default is dataclasses.MISSING
-        kinds = [kind for kind in get_args(hints[field.name]) if kind is not type(None)]
-        kind = kinds[0] if kinds else hints[field.name]
-        told = "" if required or field.default is None else f" (default {field.default})"
-        options: dict[str, Any] = {"help": field.metadata["help"] + told, "required": required}
-        if kind is bool:
-            options["action"] = argparse.BooleanOptionalAction
+        shown = "" if required else f"default {field.default}"
+        if field.name in DIGITS:
+            shown += f"; digits: {DIGITS[field.name]}"
+        if field.type == "bool":
+            action = argparse.BooleanOptionalAction
+            parser.add_argument(option, action=action, default=None, help=shown)
         else:
-            options |= {"type": kind, "choices": field.metadata["choices"]}
-        name = "--" + field.name.replace("_", "-")
-        parser.add_argument(name, default=argparse.SUPPRESS, **options)
-    parser.add_argument("--resume", action="store_true", help="go on with the run in OUT")
+            kind = kinds[str(field.type)]
+            parser.add_argument(option, type=kind, required=required, default=None, help=shown)
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+
+
+def config_from(args: argparse.Namespace) -> TrainConfig:
+    """The options given, over the data's recipe, over the defaults."""
+    names = {field.name for field in dataclasses.fields(TrainConfig)}
+    given = {k: v for k, v in vars(args).items() if k in names and v is not None}
+    recipe = DIGITS if args.data == "digits" else {}
+    return TrainConfig(**{"device": devices()[-1], **recipe, **given})
 
 
 def run(args: argparse.Namespace) -> None:
-    """Train as the command line says."""
-    names = {field.name for field in dataclasses.fields(TrainConfig)}
-    given = {name: value for name, value in vars(args).items() if name in names}
-    config = recipe(**given)
-    train(config, resume=args.resume)
-    print(f"wrote {Path(config.out) / WEIGHTS}")
+    """`fastdit train`."""
+    config = config_from(args)
+    trainer = train(config, resume=args.resume)
+    print(f"{trainer.steps_done} steps; weights for load_model in {Path(config.out) / WEIGHTS}")
