@@ -1,0 +1,5 @@
+"""`python -m fastdit`."""
+
+from fastdit.cli import main
+
+main()

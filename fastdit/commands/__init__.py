@@ -1,0 +1,1 @@
+"""The sub-commands of `fastdit`: each module has `add_arguments(parser)` and `run(args)`."""

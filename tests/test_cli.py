@@ -1,0 +1,115 @@
+"""The commands as a user runs them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from published_checkpoint import published_weights
+
+from fastdit import cli, images
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """A small DiT in the published format, written by torch alone."""
+    path = tmp_path_factory.mktemp("published") / "DiT.pt"
+    torch.save(published_weights(1, 384, size=8), path)
+    return str(path)
+
+
+def test_demo_draws_the_labelled_grid_and_times_both_paths(tmp_path, capsys):
+    out = tmp_path / "demo.png"
+    cli.main(["demo", "--steps", "4", "--rounds", "1", "--out", str(out)])
+    assert Image.open(out).size == (34 + 10 * 50 + 2, 10 * 50 + 2)
+    printed = capsys.readouterr().out
+    assert "eager PyTorch" in printed
+    assert "images/s" in printed
+
+
+def test_sample_latents_in_the_evaluators_layout(published, tmp_path, capsys):
+    out = tmp_path / "s.npz"
+    options = ["--classes", "207,360", "--per-class", "2", "--steps", "2", "--vae", "none"]
+    cli.main(["sample", "--ckpt", published, *options, "--out", str(out)])
+    with np.load(out) as file:
+        assert file["arr_0"].shape == (4, 8, 8, 4)
+        assert file["arr_0"].dtype == np.float32
+        assert file["arr_1"].tolist() == [207, 207, 360, 360]
+    assert "4 latents, ddpm 2 steps on cpu" in capsys.readouterr().out
+
+
+def test_sample_pixels_are_the_evaluators_bytes(tmp_path):
+    out = tmp_path / "s.npz"
+    options = ["--classes", "1,2,3", "--steps", "3", "--solver", "dpm++", "--batch-size", "2"]
+    cli.main(["sample", "--ckpt", "digits", *options, "--out", str(out)])
+    with np.load(out) as file:
+        assert file["arr_0"].shape == (3, 8, 8, 3)
+        assert file["arr_0"].dtype == np.uint8
+        assert np.ptp(file["arr_0"]) > 100
+
+
+def test_sample_decodes_latents_with_a_local_vae(published, tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    )
+    vae.save_pretrained(tmp_path / "vae")
+    out = tmp_path / "s.npz"
+    options = ["--classes", "5", "--steps", "2", "--vae", str(tmp_path / "vae")]
+    cli.main(["sample", "--ckpt", published, *options, "--out", str(out)])
+    with np.load(out) as file:
+        assert file["arr_0"].shape == (1, 16, 16, 3)
+        assert file["arr_0"].dtype == np.uint8
+
+
+def test_doctor_tells_versions_and_what_would_run(capsys):
+    cli.main(["doctor"])
+    printed = capsys.readouterr().out
+    assert torch.__version__.partition("+")[0] in printed
+    assert all(word in printed for word in ("nvcc", "c++", "cpu", "gated_adaln", "diffusion_step"))
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["sample", "--ckpt", "nowhere.pt", "--classes", "1"], "nowhere.pt"),
+        (["sample", "--ckpt", "digits", "--classes", "10"], "classes: got .10., allowed is 0 to 9"),
+        (["sample", "--ckpt", "digits", "--classes", "1", "--out", "x.gif"], "--out: got 'x.gif'"),
+    ],
+)
+def test_mistakes_are_one_line(argv, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=message):
+        cli.main(argv)
+
+
+def test_wrong_words_show_the_usage(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["sample", "--ckpt", "digits", "--classes", "1;2"])
+    assert "allowed are labels separated by commas" in capsys.readouterr().err
+
+
+def test_pixels():
+    values = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0]).view(1, 1, 1, 5)
+    pixels = images.to_uint8(values)
+    assert pixels.shape == (1, 1, 5, 3)
+    assert pixels[0, 0, :, 0].tolist() == [0, 0, 128, 255, 255]
+    assert (pixels[..., 0] == pixels[..., 2]).all()
+
+
+def test_grid_places_row_by_row():
+    pixels = np.zeros((3, 2, 2, 3), np.uint8)
+    pixels[1], pixels[2] = 100, 200
+    picture = np.asarray(images.grid(pixels, 2, scale=3))
+    assert picture.shape == (2 * 8 + 2, 2 * 8 + 2, 3)
+    assert picture[4, 4, 0] == 0
+    assert picture[4, 12, 0] == 100
+    assert picture[12, 4, 0] == 200
+    assert picture[12, 12, 0] == 255
+    with pytest.raises(ValueError, match="grid: got 0 images"):
+        images.grid(pixels[:0], 2)
