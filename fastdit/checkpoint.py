@@ -13,13 +13,14 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from fastdit.checkpoint_config import (
     CONFIG_KEY,
@@ -104,7 +105,7 @@ def load_model(
     try:
         state, hints = _weights(read(source), ema, merge, config_overrides)
         config = infer_config(state, hints, config_overrides)
-        with torch.device("meta"):
+        with torch.device("meta"), _Unfilled():
             model = DiT(**config)
         _check_state(state, model)
     except (ValueError, TypeError) as error:  # also what DiT says of a value in the file
@@ -173,8 +174,20 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     return {name: text for name, text in metadata.items() if name not in ("format", CONFIG_KEY)}
 
 
+class _Unfilled(TorchFunctionMode):
+    """Leaves new parameters as they are: `normal_` on "meta" costs 3.5 s of imports, once."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
 def _unwrapped(model: nn.Module) -> DiT:
-    inner = model
+    inner: Any = model
     while not isinstance(inner, DiT):
         inner = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
         if inner is None:

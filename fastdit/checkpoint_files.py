@@ -32,7 +32,7 @@ FOLDER_FILES = (
 )
 """Weights in a model's folder, the preferred first."""
 
-SAFE_GLOBALS = [
+SAFE_GLOBALS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     argparse.Namespace,
     # A training script's arguments may hold paths. A pure path opens nothing and exists everywhere.
     (PurePosixPath, "pathlib.PosixPath"),

@@ -13,7 +13,7 @@ loaded here computes as DiT does, as its weights were trained to. A folder writt
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -98,38 +98,31 @@ def from_diffusers(theirs: Mapping[str, Tensor], merge: str = "check") -> dict[s
     rest.pop("pos_embed.pos_embed", None)
     indices = [int(m[1]) for k in theirs if (m := re.match(r"transformer_blocks\.(\d+)\.", k))]
     depth = 1 + max(indices, default=0)
+    names = _names(depth)
+    missing = [name for name in names if name not in theirs]
+    extra = [name for name in theirs if name not in names and name != "pos_embed.pos_embed"]
+    if missing or extra:
+        raise CheckpointError(key_report(missing, extra))
+
     ours: dict[str, Tensor] = {}
-    missing: list[str] = []
-
-    def take(name: str) -> Tensor | None:
-        if name not in rest:
-            missing.append(name)
-        return rest.pop(name, None)
-
-    def rename(pairs: Mapping[str, str], own: str = "", their: str = "") -> None:
-        for target, source in pairs.items():
-            for part in PARTS:
-                ours[f"{own}{target}.{part}"] = take(f"{their}{source}.{part}")
-
-    rename(TOP)
+    for part in PARTS:
+        ours.update({f"{o}.{part}": theirs[f"{t}.{part}"] for o, t in TOP.items()})
     for i in range(depth):
-        block = f"transformer_blocks.{i}."
-        rename(BLOCK, f"blocks.{i}.", block)
+        block, own = f"transformer_blocks.{i}.", f"blocks.{i}."
         for part in PARTS:
-            rows = [take(f"{block}attn1.{name}.{part}") for name in QKV]
-            if not missing:
-                ours[f"blocks.{i}.attn.qkv.{part}"] = _packed(rows, f"{block}attn1.to_q|k|v.{part}")
+            ours.update(
+                {f"{own}{o}.{part}": theirs[f"{block}{t}.{part}"] for o, t in BLOCK.items()}
+            )
+            rows = [theirs[f"{block}attn1.{name}.{part}"] for name in QKV]
+            ours[f"{own}attn.qkv.{part}"] = _packed(rows, f"{block}attn1.to_q|k|v.{part}")
         for target, source in EMBEDDERS.items():
-            tensor = take(f"{block}norm1.emb.{source}")
-            first = ours.setdefault(target, tensor)
-            if merge == "check" and not missing and not _same_bits(first, tensor):
+            name = f"{block}norm1.emb.{source}"
+            first = ours.setdefault(target, theirs[name])
+            if merge == "check" and not _same_bits(first, theirs[name]):
                 raise CheckpointError(
-                    f"block {i}'s copy of an embedder differs from block 0's: "
-                    f"{block}norm1.emb.{source}. DiT has one for all blocks; merge='first' takes "
-                    "block 0's"
+                    f"block {i}'s copy of an embedder differs from block 0's: {name}. DiT has one "
+                    "for all blocks; merge='first' takes block 0's"
                 )
-    if missing or rest:
-        raise CheckpointError(key_report(missing, list(rest)))
     return ours
 
 
@@ -176,10 +169,21 @@ def to_diffusers(
     return theirs, folder_config
 
 
-def key_report(missing: list[str], extra: list[str], misshaped: tuple[str, ...] = ()) -> str:
+def _names(depth: int) -> dict[str, None]:
+    """The names of a diffusers DiT's tensors, in order."""
+    names = [f"{name}.{part}" for name in TOP.values() for part in PARTS]
+    layers = [*BLOCK.values(), *(f"attn1.{name}" for name in QKV)]
+    for i in range(depth):
+        block = f"transformer_blocks.{i}."
+        names += [f"{block}norm1.emb.{name}" for name in EMBEDDERS.values()]
+        names += [f"{block}{layer}.{part}" for layer in layers for part in PARTS]
+    return dict.fromkeys(names)
+
+
+def key_report(missing: Sequence[str], extra: Sequence[str], misshaped: Sequence[str] = ()) -> str:
     """One line that names wrong keys, up to eight of each kind."""
 
-    def some(names: list[str] | tuple[str, ...]) -> str:
+    def some(names: Sequence[str]) -> str:
         more = f" and {len(names) - 8} more" if len(names) > 8 else ""
         return ", ".join(names[:8]) + more
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import pickle
 from pathlib import Path
 
@@ -132,6 +133,12 @@ def test_published_file_sizes_follow_from_shapes(tmp_path):
     assert_same(model, loaded)
 
 
+def test_an_mlp_width_that_no_ratio_of_floats_gives(tmp_path):
+    model = tiny(hidden_size=28, mlp_ratio=math.nextafter(61 / 28, 3))
+    assert len(model.blocks[0].mlp.fc1.weight) == 61 > int(28 * (61 / 28))
+    assert_same(model, load_model(published(tmp_path, model.state_dict()), num_heads=4))
+
+
 def test_old_serialisation_is_read(tmp_path):
     path = tmp_path / "old.pt"
     torch.save(tiny().state_dict(), path, _use_new_zipfile_serialization=False)
@@ -245,6 +252,8 @@ def test_wrong_keys_are_all_named(tmp_path):
         "mis-shaped keys: blocks.1.mlp.fc2.bias (7,) instead of (48,)",
     ):
         assert name in str(caught.value)
+    with pytest.raises(CheckpointError, match=r"unexpected keys: blocks\.1\.attn"):
+        load_model(published(tmp_path, tiny().state_dict()), num_heads=4, depth=1)
     with pytest.raises(CheckpointError, match="and 12 more"):
         load_model(published(tmp_path, tiny().state_dict()), num_heads=4, depth=4)
 

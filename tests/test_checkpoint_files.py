@@ -51,7 +51,9 @@ def test_atomic_write_keeps_the_old_until_the_new_is_whole(tmp_path):
     assert target.read_bytes() == b"old"
     link = tmp_path / "link"
     link.symlink_to(target)
-    atomic_write(link, lambda path: path.write_bytes(b"new"))
+    with open(target, "rb") as reader:
+        atomic_write(link, lambda path: path.write_bytes(b"new"))
+        assert reader.read() == b"old", "a new file, so that who reads the old one still can"
     assert link.is_symlink()
     assert target.read_bytes() == b"new"
     assert list(target.parent.iterdir()) == [target]
