@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from fastdit.model import DiT, DiT_models
 from fastdit.sampling import sample
 
 SUMMARY = "train a DiT on a folder of images, an .npz file, or the digits"
+SCHEDULES = ("constant", "cosine")
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 STATE, WEIGHTS, CURVE = "state.pt", "ema.safetensors", "loss.png"
 
@@ -56,6 +58,7 @@ class TrainConfig:
     lr: float = 1e-4
     weight_decay: float = 0.0
     warmup_steps: int = 0
+    schedule: str = "constant"
     ema: float = 0.9999
     clip_grad: float | None = None
     amp: str = "none"
@@ -75,6 +78,8 @@ class TrainConfig:
                 f"accumulate: got {self.accumulate}, allowed is a divisor of "
                 f"batch_size = {self.batch_size}"
             )
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule: got {self.schedule!r}, allowed is {', '.join(SCHEDULES)}")
         if self.amp not in AMP:
             raise ValueError(f"amp: got {self.amp!r}, allowed is {', '.join(AMP)}")
         if self.model != "custom" and self.model not in DiT_models:
@@ -86,9 +91,10 @@ class TrainConfig:
 
 
 DIGITS = {
-    "steps": 4000,
+    "steps": 7000,
     "batch_size": 64,
     "lr": 1e-3,
+    "schedule": "cosine",
     "ema": 0.998,
     "warmup_steps": 100,
     "flip": False,
@@ -111,6 +117,17 @@ def build_model(config: TrainConfig, data: datasets.Dataset) -> DiT:
         return DiT_models[config.model](**options)
     names = ("depth", "hidden_size", "num_heads", "patch_size")
     return DiT(**options, **{name: getattr(config, name) for name in names})
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """The rate of a step, counted from 0: a linear rise over the warm-up, then constant, or half a
+    cosine down to 0 at the last step."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    share = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * share))
 
 
 class Trainer:
@@ -137,7 +154,7 @@ class Trainer:
         part = c.batch_size // c.accumulate
         start = self.steps_done * c.batch_size
         for group in self.optimizer.param_groups:
-            group["lr"] = c.lr * min(1.0, (self.steps_done + 1) / max(1, c.warmup_steps))
+            group["lr"] = learning_rate(c, self.steps_done)
         total = 0.0
         for i in range(c.accumulate):
             indices = datasets.order(len(self.data), c.seed, start + i * part, part)
@@ -189,7 +206,9 @@ class Trainer:
         Raises:
             ValueError: it is of a run with another model, data, batch or seed.
         """
-        free = {"out", "steps", "save_every", "sample_every", "device"}
+        free = {"out", "save_every", "sample_every", "device"}
+        if self.config.schedule == "constant":  # a cosine ends with the steps it was made for
+            free.add("steps")
         ours, theirs = dataclasses.asdict(self.config), state["config"]
         differing = [k for k in ours if k not in free and ours[k] != theirs.get(k)]
         if differing:

@@ -44,7 +44,7 @@ def same(a, b) -> bool:
     "changes",
     [
         {"accumulate": 2, "clip_grad": 0.5, "warmup_steps": 4},
-        {"amp": "bf16", "flip": False, "weight_decay": 0.1},
+        {"amp": "bf16", "flip": False, "weight_decay": 0.1, "schedule": "cosine"},
         {"amp": "fp16"},
     ],
     ids=["fp32", "bf16", "fp16"],
@@ -107,6 +107,9 @@ def test_warmup_and_the_average(tmp_path):
         for name, value in trainer.model.state_dict().items():
             expected[name] = 0.9 * expected[name] + 0.1 * value
     assert rates == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1])
+    cosine = tiny(tmp_path, steps=12, warmup_steps=2, lr=0.1, schedule="cosine")
+    rates = [training.learning_rate(cosine, step) for step in (0, 2, 7, 12)]
+    assert rates == pytest.approx([0.05, 0.1, 0.05, 0.0])
     for name, value in trainer.average.state_dict().items():
         torch.testing.assert_close(value, expected[name])
 
@@ -152,6 +155,7 @@ def test_another_run_is_not_overwritten_or_resumed(tmp_path):
     ("changes", "message"),
     [
         ({"accumulate": 3}, "accumulate: got 3, allowed is a divisor of batch_size = 8"),
+        ({"schedule": "step"}, "schedule: got 'step', allowed is constant, cosine"),
         ({"amp": "fp8"}, "amp: got 'fp8', allowed is none, bf16, fp16"),
         ({"model": "DiT-M/2"}, "model: got 'DiT-M/2', allowed is custom, DiT-XL/2"),
         ({"ema": 1.0}, r"ema: got 1\.0"),
