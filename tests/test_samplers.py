@@ -10,6 +10,7 @@ import torch
 from plain_diffusion import SHAPE, Plain, close, random, toy
 from torch import Tensor
 
+from fastdit import backends, reference
 from fastdit.diffusion import GaussianDiffusion, ModelMeanType, ModelVarType, create_diffusion
 
 BETAS = np.linspace(2e-3, 0.3, 10)
@@ -159,13 +160,29 @@ def test_single_steps_are_differentiable():
 
 
 def test_tables_first_used_in_inference_mode_serve_training_later():
+    """A kernel saves its table for the backward pass, which an inference tensor would refuse."""
     diffusion, x = make(), random(0)
-    with torch.inference_mode():
-        diffusion.p_sample(toy(), x, T)
-        diffusion.q_sample(x, T)
     leaf = random(0).requires_grad_()
-    diffusion.training_losses(lambda x, t: toy()(x * leaf, t), x, T)["loss"].sum().backward()
+    kernel = backends.Kernel("diffusion_step", "cpu", "opaque", reference.diffusion_step)
+    backends.register(kernel)
+    try:
+        with torch.inference_mode():
+            diffusion.p_sample(toy(), x, T)
+            diffusion.q_sample(x, T)
+        losses = diffusion.training_losses(lambda x, t: toy()(x * leaf, t), x, T)
+        losses["loss"].sum().backward()
+    finally:
+        backends.unregister(kernel)
     assert leaf.grad.abs().max() > 0
+
+
+def test_dpm_solver_without_history_is_of_order_1():
+    diffusion, x = make(), random(0)
+    one, two = (diffusion.dpm_solver_sample(toy(), x, T, order=order) for order in (1, 2))
+    assert torch.equal(one["sample"], two["sample"])
+    history = diffusion.dpm_solver_sample(toy(), x, T, x0_previous=random(1))["sample"]
+    changed = [not torch.equal(a, b) for a, b in zip(history, one["sample"], strict=True)]
+    assert changed == [False, True, True, False]  # T is 0, 1, 4, 9: the ends are of order 1
 
 
 def test_noise_none_of_a_function_adds_none():

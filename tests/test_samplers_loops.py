@@ -62,7 +62,8 @@ def test_a_loop_is_its_progressive_run_and_calls_noise_fn_once_a_step(loop):
     if extra:
         inputs = [x, *(out["sample"] for out in steps[:-1])]
         assert all(torch.equal(a, b) for a, b in zip(calls, inputs, strict=True))
-    last = getattr(diffusion, loop)(toy(), list(SHAPE), noise=x, **extra)
+    one = torch.ones((), requires_grad=True)
+    last = getattr(diffusion, loop)(lambda x, t: one * toy()(x, t), list(SHAPE), noise=x, **extra)
     assert torch.equal(last, steps[-1]["sample"])
     assert not last.requires_grad
 
@@ -85,6 +86,7 @@ def test_a_consumer_can_replace_the_sample(loop):
 
 @pytest.mark.parametrize("loop", LOOPS)
 def test_every_step_is_one_call_of_the_op(loop):
+    """Which reads noise only where its σ is not 0 throughout."""
     calls = []
 
     def run(*args):
@@ -98,6 +100,8 @@ def test_every_step_is_one_call_of_the_op(loop):
     finally:
         backends.unregister(kernel)
     assert len(calls) == 10
+    noise = [args[4] for args in calls]
+    assert all((z is not None) == (loop == "p_sample_loop") for z in noise)
 
 
 @pytest.mark.parametrize("loop", LOOPS)
