@@ -34,14 +34,22 @@ def load_digits_model(device: str = "cpu"):
 
 
 class Reader:
-    """A support vector classifier trained on the real digits."""
+    """A support vector classifier trained on four fifths of the real digits.
+
+    `held_out` is the share of the other fifth that it reads right.
+    """
 
     def __init__(self) -> None:
+        from sklearn.model_selection import train_test_split
         from sklearn.svm import SVC
 
         data = load_digits()
+        seen, unseen = train_test_split(
+            np.arange(len(data)), test_size=0.2, random_state=0, stratify=data.labels
+        )
         self.classifier = SVC(gamma=0.001)
-        self.classifier.fit(self._features(data.images), data.labels.numpy())
+        self.classifier.fit(self._features(data.images[seen]), data.labels[seen].numpy())
+        self.held_out = self.accuracy(data.images[unseen], data.labels[unseen])
 
     @staticmethod
     def _features(images: Tensor) -> np.ndarray:
@@ -86,7 +94,8 @@ def main() -> None:
     model = load_model(args.ckpt)
     options = {"count": args.count, "steps": args.steps, "seed": args.seed}
     figures = {f"guidance {scale:g}": recognition(model, scale, **options) for scale in (1.0, 2.0)}
-    print(json.dumps({"recognised": figures, **options}, indent=1))
+    held_out = Reader().held_out
+    print(json.dumps({"held_out": held_out, "recognised": figures, **options}, indent=1))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -12,7 +14,8 @@ from PIL import Image
 
 from fastdit import cli, digits, training
 from fastdit.checkpoint import load_model
-from fastdit.training import TrainConfig, Trainer, train
+from fastdit.trainer import DivergedError, TrainConfig, Trainer, learning_rate
+from fastdit.training import train
 
 
 def tiny(out, **changes) -> TrainConfig:
@@ -55,15 +58,16 @@ def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, changes, monkeypat
     step, calls = Trainer.step, []
 
     def interrupted(self):
-        if len(calls) == 4:
-            raise KeyboardInterrupt
         calls.append(1)
+        if len(calls) == 4:
+            os.kill(os.getpid(), signal.SIGINT)  # as Ctrl-C in the middle of a step
         return step(self)
 
     config = tiny(tmp_path / "parts", **changes)
     monkeypatch.setattr(Trainer, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(config, progress=False)
+    assert len(calls) == 4
     monkeypatch.setattr(Trainer, "step", step)
     torch.manual_seed(99)  # what happens in between does not matter
     resumed = train(config, resume=True, progress=False).state()
@@ -108,7 +112,7 @@ def test_warmup_and_the_average(tmp_path):
             expected[name] = 0.9 * expected[name] + 0.1 * value
     assert rates == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1])
     cosine = tiny(tmp_path, steps=12, warmup_steps=2, lr=0.1, schedule="cosine")
-    rates = [training.learning_rate(cosine, step) for step in (0, 2, 7, 12)]
+    rates = [learning_rate(cosine, step) for step in (0, 2, 7, 12)]
     assert rates == pytest.approx([0.05, 0.1, 0.05, 0.0])
     for name, value in trainer.average.state_dict().items():
         torch.testing.assert_close(value, expected[name])
@@ -128,9 +132,8 @@ def test_a_cut_off_save_leaves_the_last_one(tmp_path, monkeypatch):
     train(config, progress=False)
     before = (tmp_path / "state.pt").read_bytes()
 
-    def half(state, path):
-        with open(path, "wb") as file:
-            file.write(b"half a file")
+    def half(state, file):
+        file.write(b"half a file")
         raise OSError("No space left on device")
 
     monkeypatch.setattr(torch, "save", half)
@@ -138,6 +141,25 @@ def test_a_cut_off_save_leaves_the_last_one(tmp_path, monkeypatch):
         train(dataclasses.replace(config, steps=3), resume=True, progress=False)
     assert (tmp_path / "state.pt").read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ema.safetensors", "loss.png", "state.pt"]
+
+
+def test_a_diverged_run_keeps_its_last_checkpoint(tmp_path):
+    config = tiny(tmp_path, steps=2)
+    train(config, progress=False)
+    before = (tmp_path / "state.pt").read_bytes()
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    state["model"]["final_layer.linear.bias"][0] = float("nan")
+    torch.save(state, tmp_path / "state.pt")
+    broken = (tmp_path / "state.pt").read_bytes()
+    with pytest.raises(DivergedError, match="the loss of step 3 is nan"):
+        train(dataclasses.replace(config, steps=4), resume=True, progress=False)
+    assert (tmp_path / "state.pt").read_bytes() == broken != before
+
+
+def test_without_a_learned_variance(tmp_path):
+    trainer = train(tiny(tmp_path, steps=2, learn_sigma=False), progress=False)
+    assert trainer.model.out_channels == 1
+    assert not load_model(tmp_path / "ema.safetensors").learn_sigma
 
 
 def test_another_run_is_not_overwritten_or_resumed(tmp_path):
@@ -189,9 +211,10 @@ def test_the_shipped_digits_are_recognised():
     model = digits.load_digits_model()
     assert sum(p.numel() for p in model.parameters()) < 600_000
     assert digits.recognition(model, cfg_scale=2.0, count=100, steps=20) >= 0.95
+    assert digits.recognition(model, cfg_scale=1.0, count=200, steps=20) >= 0.85
 
 
 def test_the_reader_reads_real_digits_and_rejects_others():
     reader, data = digits.Reader(), digits.load_digits()
-    assert reader.accuracy(data.images, data.labels) > 0.99
+    assert reader.held_out > 0.98
     assert reader.accuracy(data.images, (data.labels + 1) % 10) < 0.01
