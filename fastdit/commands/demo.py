@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--solver", choices=SOLVERS, default="ddim", help="default ddim")
     add("--seed", type=int, default=0, help="default 0")
     add("--device", default=None, help="default: the accelerator, else the CPU")
-    add("--rounds", type=int, default=5, help="timed rounds of each (default 5)")
+    add("--rounds", type=int, default=3, help="timed rounds of each (default 3)")
 
 
 def _timed(model: DiT, backend: str, steps: int, options: dict) -> float:
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     picture.save(args.out)
     console.print(f"wrote {args.out}")
-    short = max(1, args.steps // 5)
+    short = max(1, args.steps // 10)
     console.print(f"timing {args.rounds} rounds of {short} steps each ...")
     rates = throughput(model, short, args.rounds, options)
     console.print(report(device, short, rates))
