@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import importlib.util
 import signal
 import threading
 import time
@@ -54,7 +55,10 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -
         KeyboardInterrupt: the run was asked to stop, and has saved.
         FileExistsError: the folder holds a run already and `resume` is False.
         FileNotFoundError: `resume` is True and it holds none.
+        ImportError: matplotlib, which draws the loss, is missing; said before the first step.
     """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("training draws its loss with matplotlib: pip install 'fastdit[train]'")
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     found = (out / STATE).exists()

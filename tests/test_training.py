@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib.util
 import os
 import signal
 
@@ -154,6 +155,16 @@ def test_a_diverged_run_keeps_its_last_checkpoint(tmp_path):
     with pytest.raises(DivergedError, match="the loss of step 3 is nan"):
         train(dataclasses.replace(config, steps=4), resume=True, progress=False)
     assert (tmp_path / "state.pt").read_bytes() == broken != before
+
+
+def test_a_missing_matplotlib_is_told_before_the_first_step(tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name)
+    )
+    with pytest.raises(ImportError, match=r"pip install 'fastdit\[train\]'"):
+        train(tiny(tmp_path / "run"), progress=False)
+    assert not (tmp_path / "run").exists()
 
 
 def test_without_a_learned_variance(tmp_path):
