@@ -12,6 +12,7 @@ backward pass runs on threads of autograd's own that would not see a thread-loca
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -54,12 +55,33 @@ class Kernel:
     unsupported: Callable[..., str | None] = _always
 
 
+PROVIDERS = {"cpu": (), "cuda": ("fastdit.kernels.registry",)}
+"""Modules that register the kernels of a device type, imported at the first call on it."""
+
+
 class _Setting:
     requested = "auto"
 
 
 _setting = _Setting()
 _kernels: dict[tuple[str, str], list[Kernel]] = {}
+_loaded: set[str] = set()
+
+
+@torch.compiler.assume_constant_result
+def _load(device: str) -> bool:
+    """Import the providers of `device`'s kernels, once. Under Dynamo this runs while tracing."""
+    if device not in _loaded:
+        _loaded.add(device)
+        for module in PROVIDERS.get(device, ()):
+            importlib.import_module(module).register_all()
+    return True
+
+
+def kernels_for(op: str, device: str) -> list[Kernel]:
+    """The kernels of `op` on one device type, the fastest first."""
+    _load(device)
+    return _kernels.setdefault((op, device), [])
 
 
 def register(kernel: Kernel) -> None:
@@ -105,7 +127,7 @@ def select(op: str, device: str, args: tuple[Any, ...]) -> Kernel | None:
     """
     if _setting.requested == "reference":
         return None
-    kernels = _kernels.get((op, device), ())
+    kernels = kernels_for(op, device)
     for kernel in kernels:
         if kernel.unsupported(*args) is None:
             return kernel
@@ -182,7 +204,7 @@ def explain(op: str | None = None, *args: Any, **kwargs: Any) -> Explanation:
 
 def _choice(op: str, device: str, args: tuple[Any, ...] | None) -> Choice:
     """`args` None asks what is registered; otherwise what supports these arguments."""
-    kernels = _kernels.get((op, device), ())
+    kernels = kernels_for(op, device)
     verdicts = [(k.name, k.unsupported(*args) if args is not None else None) for k in kernels]
     rejected = tuple((name, why) for name, why in verdicts if why is not None)
     fit = [name for name, why in verdicts if why is None]

@@ -53,12 +53,20 @@ def adaln(x, shift, scale, weight, bias, eps, norm, plus_one):
     return (y if shift is None else y + per_token(shift)).to(x.dtype)
 
 
-def adaln_backward(dout, x, shift, scale, weight, bias, eps, norm, plus_one):
+def adaln_saving(x, shift, scale, weight, bias, eps, norm, plus_one):
+    """`adaln`, and the rows' mean and 1/std in float32 or better; no mean for RMS."""
+    row = _exact(x)
+    mean = row.mean(-1) if norm == "layer" else row.new_empty(0)
+    centred = row - mean.unsqueeze(-1) if norm == "layer" else row
+    rstd = torch.rsqrt(centred.square().mean(-1) + eps)
+    return adaln(x, shift, scale, weight, bias, eps, norm, plus_one), mean, rstd
+
+
+def adaln_backward(dout, x, mean, rstd, shift, scale, weight, bias, norm, plus_one):
     """With x̂ the normalised row, n = x̂·weight + bias, m = 1 + scale and g = dout·m·weight:
     dx = rstd·(g − mean(g) − x̂·mean(g·x̂)), without mean(g) for RMS."""
-    row = _exact(x)
-    centred = row - row.mean(-1, keepdim=True) if norm == "layer" else row
-    rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+    rstd = rstd.unsqueeze(-1)
+    centred = _exact(x) - mean.unsqueeze(-1) if norm == "layer" else _exact(x)
     unit, dout = centred * rstd, _exact(dout)
     normed = unit if weight is None else unit * _exact(weight)
     normed = normed if bias is None else normed + _exact(bias)
@@ -96,9 +104,16 @@ def gated_adaln(x, y, gate, shift, scale, weight, bias, eps, norm, plus_one):
     return h, adaln(h, shift, scale, weight, bias, eps, norm, plus_one)
 
 
-def gated_adaln_backward(dh, dout, h, y, gate, shift, scale, weight, bias, eps, norm, plus_one):
+def gated_adaln_saving(x, y, gate, *rest):
+    h = gated_residual(x, y, gate)
+    return h, *adaln_saving(h, *rest)
+
+
+def gated_adaln_backward(
+    dh, dout, h, mean, rstd, y, gate, shift, scale, weight, bias, norm, plus_one
+):
     dnorm, *dmodulation = adaln_backward(
-        dout, _exact(h), shift, scale, weight, bias, eps, norm, plus_one
+        dout, _exact(h), mean, rstd, shift, scale, weight, bias, norm, plus_one
     )
     dx = _exact(dh) + dnorm
     dy, dgate = gated_residual_backward(dx, y, gate)

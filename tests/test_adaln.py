@@ -109,7 +109,7 @@ def test_shapes_beyond_32_bit_indices():
     with torch._subclasses.FakeTensorMode():
         x, modulation = torch.empty(2, 2**20, 4096), torch.empty(2, 4096)
         for out in (
-            torch.ops.fastdit.adaln(x, modulation, modulation, None, None, 1e-6, "layer", True),
+            torch.ops.fastdit.adaln(x, modulation, modulation, None, None, 1e-6, "layer", True)[0],
             torch.ops.fastdit.gated_residual(x, x, modulation),
         ):
             assert out.numel() == 2**33

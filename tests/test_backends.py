@@ -25,7 +25,7 @@ def kernel():
         return None if x.shape[-1] <= 8 else f"width {x.shape[-1]} is over 8"
 
     kernel = backends.Kernel("adaln", "cpu", "sevens", run, unsupported)
-    before = list(backends._kernels.get(("adaln", "cpu"), ()))
+    before = backends.kernels_for("adaln", "cpu")
     backends._kernels["adaln", "cpu"] = [kernel]
     yield kernel
     backends._kernels["adaln", "cpu"] = before

@@ -67,7 +67,12 @@ def present(
 
 
 class Op:
-    """A differentiable op: its public function's checks, its schema op and its reference."""
+    """A differentiable op: its public function's checks, its schema op and its reference.
+
+    The schema op may return more than the reference does: what its backward wants saved, such as
+    the rows' statistics. `saving` is then the reference with these further outputs, and `returns`
+    how many of them the public function returns.
+    """
 
     def __init__(
         self,
@@ -77,10 +82,13 @@ class Op:
         fake: Callable[..., Any],
         setup_context: Callable[..., None],
         backward: Callable[..., Any],
+        saving: Callable[..., Any] | None = None,
+        returns: int | None = None,
     ) -> None:
         self.name = schema.partition("(")[0]
         self.reference = reference
-        self.overload = define(schema, reference, fake)
+        self.returns = returns
+        self.overload = define(schema, saving or reference, fake)
         torch.library.register_autograd(
             f"fastdit::{self.name}", backward, setup_context=setup_context, lib=_LIB
         )
@@ -106,4 +114,7 @@ class Op:
     def __call__(self, *args: Any) -> Any:
         if backends.select(self.name, args[0].device.type, args) is None:
             return self.reference(*args)
-        return self.overload(*args)
+        results = self.overload(*args)
+        if self.returns is None:
+            return results
+        return results[0] if self.returns == 1 else results[: self.returns]

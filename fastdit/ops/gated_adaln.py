@@ -16,33 +16,33 @@ from torch import Tensor
 from fastdit import reference
 from fastdit.ops import _checks
 from fastdit.ops._library import Op, define, gradient_like, present
+from fastdit.ops.adaln import fake_statistics
 from fastdit.ops.gated_residual import check_branch
 
-_TAIL = (
-    "Tensor y, Tensor gate, Tensor? shift, Tensor? scale, Tensor? weight, Tensor? bias, "
-    "float eps, str norm, bool plus_one"
-)
 
-
-def _fake(x, *_rest):
-    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
+def _fake(x, y, gate, shift, scale, weight, bias, eps, norm, plus_one):
+    h, out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
+    return h, out, *fake_statistics(x, norm)
 
 
 def _setup_context(ctx, inputs, output):
-    _x, *tensors, ctx.eps, ctx.norm, ctx.plus_one = inputs
-    ctx.save_for_backward(output[0], *tensors)
+    _x, *tensors, _eps, ctx.norm, ctx.plus_one = inputs
+    h, _out, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.save_for_backward(h, mean, rstd, *tensors)
 
 
-def _backward(ctx, dh, dout):
-    h, y, gate, *modulation = ctx.saved_tensors
+def _backward(ctx, dh, dout, _dmean, _drstd):
+    h, mean, rstd, y, gate, *modulation = ctx.saved_tensors
     dx, dy, dgate, *gradients = _gated_adaln_backward(
         dh.contiguous(),
         dout.contiguous(),
         h,
+        mean,
+        rstd,
         y,
         gate,
         *modulation,
-        ctx.eps,
         ctx.norm,
         ctx.plus_one,
     )
@@ -50,14 +50,18 @@ def _backward(ctx, dh, dout):
 
 
 _gated_adaln_backward = define(
-    f"gated_adaln_backward(Tensor dh, Tensor dout, Tensor h, {_TAIL}) -> "
-    f"({', '.join(['Tensor'] * 7)})",
+    "gated_adaln_backward(Tensor dh, Tensor dout, Tensor h, Tensor mean, Tensor rstd, Tensor y, "
+    "Tensor gate, Tensor? shift, Tensor? scale, Tensor? weight, Tensor? bias, str norm, "
+    f"bool plus_one) -> ({', '.join(['Tensor'] * 7)})",
     reference.gated_adaln_backward,
-    lambda dh, dout, h, *rest: gradient_like((h, *rest[:6]), h),
+    lambda dh, dout, h, mean, rstd, *rest: gradient_like((h, *rest[:6]), h),
 )
 _gated_adaln = Op(
-    f"gated_adaln(Tensor x, {_TAIL}) -> (Tensor, Tensor)",
+    "gated_adaln(Tensor x, Tensor y, Tensor gate, Tensor? shift, Tensor? scale, Tensor? weight, "
+    "Tensor? bias, float eps, str norm, bool plus_one) -> (Tensor, Tensor, Tensor, Tensor)",
     reference=reference.gated_adaln,
+    saving=reference.gated_adaln_saving,
+    returns=2,
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,

@@ -1,0 +1,41 @@
+"""What every launcher needs: the tensor's device, the dtypes Triton computes in, widths split in two.
+
+Launchers read no tensor on the host and start no synchronisation, so that a CUDA graph can capture
+them; they take meta tensors, on which a `fastdit.testing.VirtualGPU` compiles them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device: make it `tensor`'s."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def unsupported_dtype(**tensors: Tensor | None) -> str | None:
+    """Why Triton cannot take these tensors: the first whose dtype is none of `DTYPES`."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype not in DTYPES:
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            return f"{name} is {dtype}, the Triton kernels take float32, bfloat16 and float16"
+    return None
+
+
+def split_width(width: int) -> tuple[int, int]:
+    """A row's width as two powers of two, `main + tail`, that cover it with the least padding.
+
+    1152 is 1024 + 128, 384 is 256 + 128 and 1024 is 1024 + 0, without padding; a width that is no
+    sum of two powers of two, such as 1408, gets the next larger tail and a mask.
+    """
+    main = triton.next_power_of_2(width + 1) // 2
+    rest = width - main
+    return main, triton.next_power_of_2(rest) if rest else 0

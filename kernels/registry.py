@@ -1,0 +1,19 @@
+"""The Triton kernels behind the ops of `fastdit.ops` on CUDA and HIP devices.
+
+Each op's module lists its `KERNELS`; they are registered in that order, the fastest first.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+from fastdit import backends
+
+MODULES: tuple[str, ...] = ()
+
+
+def register_all() -> None:
+    """Register every module's kernels; called once, by `fastdit.backends`."""
+    for name in MODULES:
+        for kernel in importlib.import_module(f"fastdit.kernels.{name}").KERNELS:
+            backends.register(kernel)
