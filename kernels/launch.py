@@ -1,4 +1,4 @@
-"""What every launcher needs: the tensor's device, the dtypes Triton computes in, widths split in two.
+"""What every launcher needs: the tensor's device, the dtypes of Triton, widths split in two.
 
 Launchers read no tensor on the host and start no synchronisation, so that a CUDA graph can capture
 them; they take meta tensors, on which a `fastdit.testing.VirtualGPU` compiles them.
