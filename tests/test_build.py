@@ -33,7 +33,9 @@ __global__ void twice(float* x) { x[threadIdx.x] *= 2; }
 USE = """
 import torch, fastdit
 x = torch.randn(2, 3, 8)
-torch.testing.assert_close(fastdit.ops.adaln(x), torch.nn.functional.layer_norm(x, (8,), eps=1e-6))
+expected = torch.nn.functional.layer_norm(x, (8,), eps=1e-6)
+if not torch.allclose(fastdit.ops.adaln(x), expected, atol=1e-5):
+    raise SystemExit("wrong")
 fastdit.ops.adaln(x)
 try:
     print("library", torch.ops.fastdit_native.build_info())
@@ -356,7 +358,8 @@ def test_without_a_compiler_one_line_says_so(installed):
     assert "no C++ compiler was found" in err
     assert "`fastdit build`" in err
     assert "`fastdit doctor`" in err
-    code = "import torch, fastdit\nwith fastdit.backend('native'): fastdit.ops.bias_gelu(torch.ones(2))"
+    code = "import torch, fastdit\nx = torch.ones(1, 2, 8)\n"
+    code += "with fastdit.backend('native'): fastdit.ops.adaln(x)"
     status, _, err = installed.run(code)
     assert status == 1
     assert "the compiled library is missing" in err
@@ -434,14 +437,14 @@ def test_where_nvcc_fails_the_rest_is_built(installed):
 @pytest.mark.skipif(_build.find_nvcc() is None, reason="no nvcc")
 def test_cuda_kernels_are_in_the_library_with_nvcc(installed):
     (installed.csrc / "cuda" / "probe.cu").write_text(PROBE)
-    installed.environment["TORCH_CUDA_ARCH_LIST"] = "8.0 9.0+PTX"
+    installed.environment["TORCH_CUDA_ARCH_LIST"] = "9.0+PTX"
     code = "from fastdit.cli import main; main(['build', '--cuda', '--jobs', '2'])"
     status, _, err = installed.run(code)
     assert status == 0, err
     code = USE + "print(torch._C._dispatch_has_kernel_for_dispatch_key("
     status, out, err = installed.run(code + "'fastdit_native::probe', 'CUDA'))")
     assert (status, err) == (0, "")
-    assert '"archs": ["8.0", "9.0+PTX"]' in out
+    assert '"archs": ["9.0+PTX"]' in out
     assert out.endswith("True\n")
 
 
