@@ -23,12 +23,16 @@ from fastdit import _build, backends, native, native_cache
 from fastdit._build import sources, toolchain
 
 ROOT = Path(__file__).resolve().parent.parent
-PROBE = """#include <torch/csrc/stable/library.h>
+KERNEL = """__global__ void twice(float* x) { x[threadIdx.x] *= 2; }
+void launch(float* x) { twice<<<1, 32>>>(x); }
+"""
+LAUNCH = """#include <cuda_runtime.h>
+#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
-torch::stable::Tensor probe(torch::stable::Tensor x) { return x; }
+void launch(float* x);
+torch::stable::Tensor probe(torch::stable::Tensor x) { launch(nullptr); return x; }
 STABLE_TORCH_LIBRARY_FRAGMENT(fastdit_native, m) { m.def("probe(Tensor x) -> Tensor"); }
 STABLE_TORCH_LIBRARY_IMPL(fastdit_native, CUDA, m) { m.impl("probe", TORCH_BOX(&probe)); }
-__global__ void twice(float* x) { x[threadIdx.x] *= 2; }
 """
 USE = """
 import torch, fastdit
@@ -416,7 +420,8 @@ def test_a_library_that_does_not_load_is_built_again(installed):
 
 
 def test_where_nvcc_fails_the_rest_is_built(installed):
-    (installed.csrc / "cuda" / "probe.cu").write_text(PROBE)
+    (installed.csrc / "cuda" / "probe.cu").write_text(KERNEL)
+    (installed.csrc / "cuda" / "probe.cpp").write_text(LAUNCH)
     home = installed.folder / "cuda"
     (home / "bin").mkdir(parents=True)
     nvcc = home / "bin" / "nvcc"
@@ -436,7 +441,8 @@ def test_where_nvcc_fails_the_rest_is_built(installed):
 
 @pytest.mark.skipif(_build.find_nvcc() is None, reason="no nvcc")
 def test_cuda_kernels_are_in_the_library_with_nvcc(installed):
-    (installed.csrc / "cuda" / "probe.cu").write_text(PROBE)
+    (installed.csrc / "cuda" / "probe.cu").write_text(KERNEL)
+    (installed.csrc / "cuda" / "probe.cpp").write_text(LAUNCH)
     installed.environment["TORCH_CUDA_ARCH_LIST"] = "9.0+PTX"
     code = "from fastdit.cli import main; main(['build', '--cuda', '--jobs', '2'])"
     status, _, err = installed.run(code)

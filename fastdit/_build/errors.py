@@ -31,5 +31,5 @@ class CompileError(BuildError):
         failed = [line for line in lines if line.startswith("FAILED:")]
         super().__init__(f"compiling failed: {[*complaints, *failed, *lines, 'no output'][0]}")
         self.output = output
-        self.of_cuda = any(re.search(r"\.cu\.o|\.so$", line) for line in failed)
+        self.of_cuda = any(re.search(r"\bcuda-\S+\.o|\.so$", line) for line in failed)
         self.passing = any(words in output for words in PASSING)

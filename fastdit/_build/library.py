@@ -59,8 +59,10 @@ def ninja_file(tools: Toolchain, csrc: Path, jobs: int) -> str:
         compiler = [word for word in tools.cxx if not word.startswith("-")][-1]  # after ccache
         nvcc = _shell(tools.nvcc, "-ccbin", shutil.which(compiler) or compiler)
         host = _shell(f"-Xcompiler={','.join(HOST)}", "--expt-relaxed-constexpr")
-        flags = f"{_shell(*COMMON, *_gencode(tools.archs))} {host} --threads {jobs}"
-        lines += _rule("nvcc", f"{nvcc} -MD -MF $out.d {flags} {end}")
+        flags = f"-MD -MF $out.d {_shell(*COMMON)} {host}"
+        device = f"{_shell(*_gencode(tools.archs))} --threads {jobs}"
+        lines += _rule("nvcc", f"{nvcc} {flags} {device} {end}")
+        lines += _rule("nvcc_host", f"{nvcc} {flags} {end}")
         link = f"{nvcc} -shared -cudart static {'-Xlinker -zdefs ' if whole else ''}"
         link += f"$in {libraries} -o $out"
     lines += _rule("link", link, depfile=False)
