@@ -256,7 +256,7 @@ def register_all(*, may_build: bool = True) -> None:
         if may_build:
             _logger.warning(
                 "fastdit: no compiled library, so ops run their reference: %s. "
-                "`fastdit build` compiles it, `fastdit doctor` tells what is missing.",
+                "`fastdit doctor` tells what is missing, `fastdit build` builds it.",
                 why,
             )
     else:

@@ -1,107 +1,23 @@
-"""The compiled library's build: toolchain, cache, lock, and every way in which it can go wrong.
-
-Most tests build a small csrc/ inside a copy of the package, as an installed wheel has it, in
-processes of their own: the library of this process is built and loaded once.
-"""
+"""Building the compiled library: what is found, what is compiled how, and what pip installs."""
 
 from __future__ import annotations
 
 import importlib.util
-import os
+import re
 import shutil
+import subprocess
 import sys
-import threading
-import time
-import types
+import zipfile
 from pathlib import Path
 
-import forked
 import pytest
 import torch
+from installed import COMPILER, NEEDS, ROOT, Installed
 
-from fastdit import _build, backends, native, native_cache
+from fastdit import _build, native
 from fastdit._build import sources, toolchain
 
-ROOT = Path(__file__).resolve().parent.parent
-KERNEL = """__global__ void twice(float* x) { x[threadIdx.x] *= 2; }
-void launch(float* x) { twice<<<1, 32>>>(x); }
-"""
-LAUNCH = """#include <cuda_runtime.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
-void launch(float* x);
-torch::stable::Tensor probe(torch::stable::Tensor x) { launch(nullptr); return x; }
-STABLE_TORCH_LIBRARY_FRAGMENT(fastdit_native, m) { m.def("probe(Tensor x) -> Tensor"); }
-STABLE_TORCH_LIBRARY_IMPL(fastdit_native, CUDA, m) { m.impl("probe", TORCH_BOX(&probe)); }
-"""
-USE = """
-import torch, fastdit
-x = torch.randn(2, 3, 8)
-expected = torch.nn.functional.layer_norm(x, (8,), eps=1e-6)
-if not torch.allclose(fastdit.ops.adaln(x), expected, atol=1e-5):
-    raise SystemExit("wrong")
-fastdit.ops.adaln(x)
-try:
-    print("library", torch.ops.fastdit_native.build_info())
-except (AttributeError, RuntimeError):
-    print("reference")
-"""
-COMPILER = shutil.which("c++")
-pytestmark = [
-    pytest.mark.skipif(COMPILER is None, reason="no C++ compiler"),
-    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="written for Linux"),
-]
-
-
-class Installed:
-    """A copy of the package with a csrc/ of library.cpp alone, a cache and compilers of its own."""
-
-    def __init__(self, folder: Path) -> None:
-        self.site, self.cache = folder / "site", folder / "cache"
-        self.package, self.csrc = self.site / "fastdit", self.site / "fastdit" / "csrc"
-        ignored = shutil.ignore_patterns("*.so", "weights")
-        shutil.copytree(ROOT / "fastdit", self.package, ignore=ignored)
-        shutil.copytree(ROOT / "kernels", self.package / "kernels", ignore=ignored)
-        (self.csrc / "cpu" / "isa").mkdir(parents=True)
-        (self.csrc / "cuda").mkdir()
-        shutil.copy(ROOT / "csrc" / "library.cpp", self.csrc)
-        (self.package / "native_kernels" / "__init__.py").write_text("MODULES = ()\n")
-        self.environment = {
-            "PATH": os.environ["PATH"],
-            "HOME": str(folder),
-            "PYTHONPATH": str(self.site),
-            "FASTDIT_CACHE": str(self.cache),
-        }
-        self.folder = folder
-
-    def compiler(self, script: str) -> None:
-        """Compile with one that runs `script`, then the real one; its version is always told."""
-        path = self.folder / "compiler"
-        real = f'exec {COMPILER} "$@"'
-        path.write_text(f'#!/bin/sh\n[ "$1" = --version ] && {real}\n{script}\n{real}\n')
-        path.chmod(0o755)
-        self.environment["CXX"] = str(path)
-
-    def start(self, code: str = USE) -> forked.Process:
-        return forked.Process(code, self.folder, self.environment)
-
-    def run(self, code: str = USE) -> tuple[int, str, str]:
-        """Exit status, standard output and standard error of Python running `code`."""
-        return self.start(code).wait()
-
-    def build(self):
-        """The copy's `_build`, loaded by its path as setup.py does, for this process."""
-        name = f"build_of_{id(self)}"
-        path = self.package / "_build" / "__init__.py"
-        spec = importlib.util.spec_from_file_location(
-            name, path, submodule_search_locations=[str(path.parent)]
-        )
-        module = sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-
-    def libraries(self) -> list[Path]:
-        return sorted(self.cache.glob("*-torch*/*.so"))
+pytestmark = NEEDS
 
 
 @pytest.fixture
@@ -110,13 +26,6 @@ def installed(tmp_path):
     folder = tmp_path / "with spaces"
     folder.mkdir()
     return Installed(folder)
-
-
-@pytest.fixture
-def clean_environment(monkeypatch):
-    for name in ("CXX", "CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS"):
-        monkeypatch.delenv(name, raising=False)
-    return monkeypatch
 
 
 def test_this_process_loads_a_library_of_these_sources():
@@ -248,285 +157,72 @@ def test_a_file_that_is_no_library_tells_nothing(tmp_path):
     assert _build.read_info(tmp_path / "absent") is None
 
 
-def test_first_use_builds_once_and_says_so(installed):
-    status, out, err = installed.run()
-    assert status == 0, err
-    assert out.startswith("library")
-    assert err.count("compiling the kernels with") == err.count("fastdit: compiled in") == 1
-    assert err.count("\n") == 2
-    (library,) = installed.libraries()
-    status, out, err = installed.run()
-    assert (status, err) == (0, "")
-    assert out.startswith("library")
-    assert installed.libraries() == [library]
-    assert {path.name for path in installed.cache.iterdir()} == {library.parent.name, "build.lock"}
+@pytest.fixture
+def checkout(installed):
+    """The copy laid out as a checkout, and a function that runs a command of its setup.py."""
+    if importlib.util.find_spec("setuptools.command.bdist_wheel") is None:
+        pytest.skip("needs setuptools >= 77")
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
+        shutil.copy(ROOT / name, installed.site)
+    for name in ("csrc", "kernels"):
+        (installed.package / name).rename(installed.site / name)
+    installed.environment |= {"TORCH_CUDA_ARCH_LIST": "9.0", "PYTHONPATH": ""}
+
+    def setup(command: str) -> tuple[Path | None, str]:
+        out = installed.folder / "out"
+        shutil.rmtree(out, ignore_errors=True)
+        done = subprocess.run(
+            [sys.executable, "setup.py", command, "-d", str(out)],
+            cwd=installed.site,
+            env=installed.environment,
+            capture_output=True,
+            text=True,
+        )
+        return next(
+            out.glob("*.whl"), None
+        ) if done.returncode == 0 else None, done.stdout + done.stderr
+
+    return setup
 
 
-def test_a_library_of_other_sources_or_another_version_is_not_used(installed):
-    installed.run()
+def test_a_wheel_carries_the_library_and_its_sources(checkout, installed):
+    wheel, said = checkout("bdist_wheel")
+    assert wheel is not None, said
+    assert re.fullmatch(r"fastdit-[\d.]+-py3-none-linux_\w+\.whl", wheel.name)
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {
+        "fastdit/libfastdit.so",
+        "fastdit/csrc/library.cpp",
+        "fastdit/kernels/registry.py",
+    } <= names
     installed.environment["FASTDIT_BUILD"] = "0"
-    assert installed.run()[1].startswith("library")
-    version = installed.package / "_version.py"
-    before = version.read_text()
-    version.write_text('__version__ = "0.0.9"\n')
-    assert installed.run()[1] == "reference\n"
-    version.write_text(before)
-    assert installed.run()[1].startswith("library")
-    (installed.csrc / "cpu" / "new.h").write_text("")
-    status, out, err = installed.run()
-    assert (status, out) == (0, "reference\n")
-    assert err.count("\n") == 1
-    assert "FASTDIT_BUILD=0 forbids building it" in err
-
-
-def test_two_processes_at_once_compile_once(installed):
-    installed.compiler("sleep 1")
-    both = [installed.start(), installed.start()]
-    results = [process.wait() for process in both]
-    assert all(out.startswith("library") for _, out, _ in results), results
-    said = "".join(err for *_, err in results)
-    assert said.count("fastdit: compiled in") == 1
-    assert len(installed.libraries()) == 1
-
-
-def test_a_killed_build_leaves_nothing_that_is_used(installed):
-    """Its compiler lives on for a while: the next build waits for it, and starts afresh."""
-    compiling = installed.folder / "compiling"
-    installed.compiler(f'if [ ! -e "{compiling}" ]; then touch "{compiling}"; sleep 2; fi')
-    first = installed.start()
-    while not compiling.exists():
-        assert first.is_alive(), first.wait()
-        time.sleep(0.02)
-    first.kill()
-    first.wait()
-    assert list(installed.cache.glob("partial-*"))
-    (generation := installed.cache / "0-torch").mkdir()
-    (generation / "libfastdit-0.so.123").write_bytes(b"half")
-    status, out, err = installed.run()
-    assert status == 0, err
-    assert out.startswith("library")
-    assert "another process is compiling" in err
-    assert not list(installed.cache.glob("partial-*"))
-    assert not list(installed.cache.glob("*/*.so.*"))
-
-
-def test_a_compiler_that_fails_is_asked_once(installed):
-    calls = installed.folder / "calls"
-    installed.compiler(f'echo x >> "{calls}"; echo "library.cpp:1: error: no luck" >&2; exit 1')
-    status, out, err = installed.run()
-    assert (status, out) == (0, "reference\n")
-    assert err.count("so ops run their reference") == 1
-    assert "compiling failed: library.cpp:1: error: no luck" in err
-    (log,) = installed.cache.glob("*/failed-*.log")
-    assert str(log) in err
-    assert "no luck" in log.read_text()
-    assert calls.read_text() == "x\n"
-
-    status, out, err = installed.run()
-    assert (status, out) == (0, "reference\n")
-    assert err.count("\n") == 1
-    assert "not tried again" in err
-    assert calls.read_text() == "x\n"
-
-    installed.environment["FASTDIT_BUILD"] = "1"
-    code = "import torch, fastdit\nfor _ in range(2):\n try: fastdit.ops.adaln(torch.ones(1, 2, 8))"
-    status, out, err = installed.run(code + "\n except ImportError as error: print(error)")
-    assert out.count("library.cpp:1: error: no luck") >= 4  # twice the summary and the output
-    assert calls.read_text() == "x\n" * 2
-
-    installed.environment["FASTDIT_BUILD"] = "auto"
-    del installed.environment["CXX"]
-    code = "from fastdit.cli import main; main(['build', '--no-cuda'])"
-    status, out, err = installed.run(code)
-    assert status == 0, err
-    assert "built in" in out
+    wheel, said = checkout("bdist_wheel")  # of what the one before left in build/, nothing ships
+    assert wheel.name.endswith("-py3-none-any.whl"), said
+    assert "fastdit/libfastdit.so" not in zipfile.ZipFile(wheel).namelist()
+    assert "installed without a compiled library: FASTDIT_BUILD=0" in said
+    shutil.rmtree(installed.package)
+    zipfile.ZipFile(wheel).extractall(installed.site)
+    installed.environment |= {"PYTHONPATH": str(installed.site), "FASTDIT_BUILD": "auto"}
+    shutil.rmtree(installed.site / "csrc")
     assert installed.run()[1].startswith("library")
 
 
-def test_a_full_disk_is_reported_and_not_remembered(installed):
-    message = "/tmp/x.s: fatal error: No space left on device"
-    installed.compiler(f'echo "{message}" >&2; exit 1')
-    _, out, err = installed.run()
-    assert out == "reference\n"
-    assert f"compiling failed: {message}" in err
-    assert not list(installed.cache.glob("*/failed-*.log"))
-    installed.compiler("")
-    assert installed.run()[1].startswith("library")
-
-
-def test_without_a_compiler_one_line_says_so(installed):
-    installed.environment["PATH"] = str(installed.folder)
-    status, out, err = installed.run()
-    assert (status, out) == (0, "reference\n")
-    assert err.count("\n") == 1
-    assert "no C++ compiler was found" in err
-    assert "`fastdit build`" in err
-    assert "`fastdit doctor`" in err
-    code = "import torch, fastdit\nx = torch.ones(1, 2, 8)\n"
-    code += "with fastdit.backend('native'): fastdit.ops.adaln(x)"
-    status, _, err = installed.run(code)
-    assert status == 1
-    assert "the compiled library is missing" in err
-    code = "from fastdit.cli import main; main(['build'])"
-    status, _, err = installed.run(code)
-    assert status == 1
-    assert err.startswith("fastdit build: no C++ compiler was found")
-
-
-def test_a_cache_that_cannot_be_written_gives_way_to_the_temporary_folder(installed):
-    installed.environment["FASTDIT_CACHE"] = "/dev/null/cache"
-    temporary = installed.folder / "tmp"
-    temporary.mkdir()
-    installed.environment["TMPDIR"] = str(temporary)
-    for compiled in (1, 0):
-        status, out, err = installed.run()
-        assert status == 0, err
-        assert out.startswith("library")
-        assert err.count("fastdit: compiled in") == compiled
-    (folder,) = temporary.glob("fastdit-*")
-    folder.chmod(0o777)  # anyone could have put a library there
-    status, out, err = installed.run()
-    assert (status, out) == (0, "reference\n")
-    assert err.count("\n") == 1
-    assert "/dev/null/cache: Not a directory" in err
-    assert "not this user's alone" in err
-
-
-def test_an_installed_library_is_used_and_a_cached_one_goes_before_it(installed):
-    build = installed.build()
-    tools = build.find_toolchain(_build.find_torch(), cuda=False)
-    library = installed.package / build.LIBRARY
-    build.compile_library(tools, build.describe(tools), installed.folder / "objects", library)
+def test_an_editable_install_puts_the_library_beside_the_package(checkout, installed):
+    wheel, said = checkout("editable_wheel")
+    assert wheel is not None, said
+    library = installed.package / _build.LIBRARY
+    installed.environment |= {"PYTHONPATH": str(installed.site), "FASTDIT_BUILD": "0"}
     code = "from fastdit import native; print(native.load()[0])"
-    assert installed.run(code)[1].strip() == str(library)
-    installed.run("from fastdit import native; native.build(False)")
-    assert installed.run(code)[1].strip() == str(installed.libraries()[0])
+    assert installed.run(code)[1] == f"{library}\n"
 
 
-def test_a_library_that_does_not_load_is_built_again(installed):
-    installed.run()
-    (library,) = installed.libraries()
-    whole = library.read_bytes()
-    library.write_bytes(b"\0" * 64 + whole[64:])
-    status, out, err = installed.run()
-    assert status == 0, err
-    assert out.startswith("library")
-    assert "fastdit: compiled in" in err
-    library.write_bytes(b"\0" * 64 + whole[64:])
-    installed.environment["FASTDIT_BUILD"] = "0"
-    _, out, err = installed.run()
-    assert out == "reference\n"
-    assert "does not load" in err
-
-
-def test_where_nvcc_fails_the_rest_is_built(installed):
-    (installed.csrc / "cuda" / "probe.cu").write_text(KERNEL)
-    (installed.csrc / "cuda" / "probe.cpp").write_text(LAUNCH)
-    home = installed.folder / "cuda"
-    (home / "bin").mkdir(parents=True)
-    nvcc = home / "bin" / "nvcc"
-    nvcc.write_text(
-        '#!/bin/sh\necho compute_90\necho "probe.cu: error: unsupported host" >&2\nexit 1\n'
-    )
-    nvcc.chmod(0o755)
-    installed.environment["CUDA_HOME"] = str(home)
-    code = "import torch; torch.version.cuda = '13.0'\n" + USE
-    status, out, err = installed.run(code)
-    assert status == 0, err
-    assert out.startswith("library")
-    assert "unsupported host; going on without the CUDA kernels" in err
-    status, out, err = installed.run(code)
-    assert (status, err) == (0, "")
-
-
-@pytest.mark.skipif(_build.find_nvcc() is None, reason="no nvcc")
-def test_cuda_kernels_are_in_the_library_with_nvcc(installed):
-    (installed.csrc / "cuda" / "probe.cu").write_text(KERNEL)
-    (installed.csrc / "cuda" / "probe.cpp").write_text(LAUNCH)
-    installed.environment["TORCH_CUDA_ARCH_LIST"] = "9.0+PTX"
-    code = "from fastdit.cli import main; main(['build', '--cuda', '--jobs', '2'])"
-    status, _, err = installed.run(code)
-    assert status == 0, err
-    code = USE + "print(torch._C._dispatch_has_kernel_for_dispatch_key("
-    status, out, err = installed.run(code + "'fastdit_native::probe', 'CUDA'))")
-    assert (status, err) == (0, "")
-    assert '"archs": ["9.0+PTX"]' in out
-    assert out.endswith("True\n")
-
-
-def test_sources_that_change_meanwhile_are_noticed(installed):
-    installed.compiler(f'echo "// new" >> "{installed.csrc / "library.cpp"}"')
-    status, out, err = installed.run()
-    assert (status, out) == (0, "reference\n")
-    assert "changed while it was compiled" in err
-    assert installed.libraries() == []
-
-
-def test_a_second_copy_in_one_process_takes_the_library_that_is_loaded(installed):
-    again = "import importlib\nfrom fastdit import native\nimportlib.reload(native)\n"
-    status, out, err = installed.run(USE + again + "print(native.load()[0])")
-    assert status == 0, err
-    assert out.splitlines()[-1] == str(installed.libraries()[0])
-    edit = f"open({str(installed.csrc / 'new.h')!r}, 'w').close()\n"
-    status, _, err = installed.run(USE + edit + again + "native.load()")
-    assert status == 1
-    assert "a library of other sources is loaded in this process; start it again" in err
-
-
-def test_old_generations_are_pruned(tmp_path):
-    for i in range(native_cache.KEPT + 3):
-        (tmp_path / f"{i}-torch2.13").mkdir()
-        os.utime(tmp_path / f"{i}-torch2.13", (i, i))
-    (tmp_path / "other").mkdir()
-    native_cache.prune(tmp_path)
-    left = {path.name for path in tmp_path.iterdir()}
-    assert left == {f"{i}-torch2.13" for i in range(3, native_cache.KEPT + 3)} | {"other"}
-
-
-def test_build_settings_are_checked(monkeypatch):
-    monkeypatch.setenv("FASTDIT_BUILD", "yes")
-    with pytest.raises(ValueError, match="FASTDIT_BUILD: got 'yes', allowed are 'auto', '0', '1'"):
-        native.build_mode()
-    monkeypatch.setenv("MAX_JOBS", "3")
-    assert _build.default_jobs() == 3
-    monkeypatch.setenv("MAX_JOBS", "0")
-    assert _build.default_jobs() >= 1
-
-
-def test_doctor_tells_what_to_do(installed):
-    code = "from fastdit.cli import main; main(['doctor'])"
-    installed.environment["COLUMNS"] = "300"
-    _, out, err = installed.run(code)
-    assert "not built; the first use of an op builds it, or `fastdit build` now" in out, err
-    assert not installed.libraries()
-    installed.run()
-    _, out, _ = installed.run(code)
-    assert str(installed.libraries()[0]) in out
-    assert "for torch 2.13 and later" in out
-    shutil.rmtree(installed.cache)
-    installed.environment["PATH"] = str(installed.folder)
-    _, out, _ = installed.run(code)
-    assert "cannot be built: no C++ compiler was found" in out
-
-
-def test_other_threads_wait_for_the_kernels(monkeypatch):
-    """The first call on a device may compile for a while: no thread takes the reference."""
-    started = threading.Event()
-
-    def register_all():
-        started.set()
-        time.sleep(0.2)
-        backends.register(backends.Kernel("adaln", "slow", "late", lambda *args: None))
-
-    monkeypatch.setitem(sys.modules, "slow_provider", types.ModuleType("slow_provider"))
-    sys.modules["slow_provider"].register_all = register_all
-    monkeypatch.setitem(backends.PROVIDERS, "slow", ("slow_provider",))
-    seen = []
-    first = threading.Thread(target=backends.kernels_for, args=("adaln", "slow"))
-    first.start()
-    started.wait()
-    seen = [kernel.name for kernel in backends.kernels_for("adaln", "slow")]
-    first.join()
-    assert seen == ["late"]
-    backends._kernels.pop(("adaln", "slow"))
-    backends._loaded.discard("slow")
+def test_an_installation_fails_only_if_it_is_told_to(checkout, installed):
+    installed.compiler('echo "library.cpp:1: error: no luck" >&2; exit 1')
+    wheel, said = checkout("editable_wheel")
+    assert wheel is not None, said
+    assert "installed without a compiled library: compiling failed: library.cpp:1: error" in said
+    assert not (installed.package / _build.LIBRARY).exists()
+    installed.environment["FASTDIT_BUILD"] = "1"
+    wheel, said = checkout("editable_wheel")
+    assert wheel is None
+    assert "fastdit, FASTDIT_BUILD=1: compiling failed: library.cpp:1: error: no luck" in said
