@@ -226,11 +226,7 @@ def _choice(op: str, device: str, args: tuple[Any, ...] | None) -> Choice:
         return Choice(op, device, "reference", "asked for by fastdit.backend")
     if fit:
         return Choice(op, device, fit[0], "the fastest kernel that supports the call", rejected)
-    reason = (
-        "no kernel is chosen for this call"
-        if kernels
-        else "no kernel is registered for this device"
-    )
+    reason = "no kernel takes this call" if kernels else "no kernel is registered for this device"
     if current_backend() == "native":
         return Choice(op, device, "an error", f"backend 'native' was asked for; {reason}", rejected)
     return Choice(op, device, "reference", reason, rejected)
