@@ -16,12 +16,16 @@ every tile of queries and take their asynchronous copies away.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastdit.backends import Kernel
 from fastdit.kernels import launch
+from fastdit.kernels.attention_backward import attention_backward
 from fastdit.kernels.attention_tiles import (
     LOG2_E,
     Table,
@@ -29,6 +33,7 @@ from fastdit.kernels.attention_tiles import (
     add_product,
     choose_tile,
     dot_rows,
+    family_of,
     load_tile,
     parts_of,
     readable,
@@ -170,3 +175,62 @@ def attention(qkv: Tensor, num_heads: int, scale: float | None, *qk_options) -> 
             num_stages=tile.num_stages,
         )
     return out, lse
+
+
+ROPE_TOKENS: Mapping[str, int] = {
+    "sm_80": 1024,
+    "sm_86": 2048,
+    "sm_90": 512,
+    "sm_100": 512,
+    "gfx942": 1024,
+}
+"""Up to how many tokens `auto` prefers these kernels to eager RoPE and SDPA: *modelled*.
+
+Eager RoPE moves q and k 18 times in the forward and 28 times in the backward, these kernels 2 and 5
+times; SDPA's products are assumed faster: 190 against 190 TFLOPS in the forward and 130 against 110
+in the backward on A100, 326 and 300 against 180 and 150 on H100, 1200 and 800 against 500 and 350
+on B200, with seven products in this backward and five in theirs. The rows are the powers of two
+below the number of tokens at which both cost the same. Without RoPE there is no such saving, and
+SDPA stays the choice until a GPU has measured otherwise.
+"""
+
+
+def unsupported(qkv: Tensor, num_heads: int, scale: float | None, *qk_options) -> str | None:
+    """Why the kernels cannot run this call of `attention`, or None."""
+    reason = launch.unsupported_dtype(qkv=qkv, rope=qk_options[6])
+    if reason:
+        return reason
+    head_dim = qkv.shape[2] // (3 * num_heads)
+    if not 16 <= head_dim <= 128 or head_dim % 8:
+        return f"head_dim is {head_dim}, the Triton kernels take multiples of 8 from 16 to 128"
+    if scale is not None and not scale > 0:
+        return f"scale is {scale}, the Triton kernels take positive ones"
+    return None
+
+
+def unsupported_backward(dout, qkv, out, lse, num_heads, scale, *qk_options) -> str | None:
+    """Why the kernels cannot run this call of `attention_backward`, or None."""
+    return unsupported(qkv, num_heads, scale, *qk_options)
+
+
+def slower(qkv: Tensor, num_heads: int, scale: float | None, *qk_options) -> str | None:
+    """Why `auto` prefers scaled_dot_product_attention, or None: the table above."""
+    if qk_options[6] is None:
+        return "SDPA is modelled to be as fast or faster without RoPE to fuse"
+    if torch.compiler.is_compiling():
+        return "torch.compile is modelled to fuse RoPE as well, beside a faster SDPA"
+    if qkv.dtype == torch.float32:
+        return "SDPA is modelled to be faster in float32"
+    family = family_of(launch.arch_of(qkv.device))
+    if qkv.shape[1] > ROPE_TOKENS[family]:
+        return (
+            f"SDPA is modelled to be faster from {ROPE_TOKENS[family]} tokens on {family}, "
+            f"got {qkv.shape[1]}"
+        )
+    return None
+
+
+KERNELS = (
+    Kernel("attention", "cuda", "triton", attention, unsupported, slower),
+    Kernel("attention_backward", "cuda", "triton", attention_backward, unsupported_backward),
+)

@@ -23,27 +23,16 @@ def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 
 def arch_of(device: torch.device) -> int | str:
-    """What a launch on `device` is compiled for: 80, 90 ... or "gfx942"; while Dynamo traces,
-    a constant."""
-    return _arch(device.index) if device.type == "cuda" else _active_arch()
+    """What a launch on `device` is compiled for: 80, 90 ... or "gfx942"."""
+    if device.type == "cuda":
+        return _arch_of_index(device.index)
+    return triton.runtime.driver.active.get_current_target().arch
 
 
 @functools.cache
 def _arch_of_index(index: int | None) -> int | str:
     with torch.cuda.device(index):
-        return _active_arch()
-
-
-def _arch(index: int | None) -> int | str:
-    return _arch_of_index(index)
-
-
-def _active_arch() -> int | str:
-    return triton.runtime.driver.active.get_current_target().arch
-
-
-for _constant in (_arch, _active_arch):  # see fastdit.backends._load
-    _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
+        return triton.runtime.driver.active.get_current_target().arch
 
 
 def unsupported_dtype(**tensors: Tensor | None) -> str | None:

@@ -88,12 +88,17 @@ def normalised(x, eps, NORM: tl.constexpr, LAYOUT: tl.constexpr):
 
 
 @triton.jit
-def places(first, ROWS: tl.constexpr, N, H, batch_stride, token_stride, HEAD_DIM: tl.constexpr):
-    """Where the rows (sample, token, head) from `first` on start, in 64 bits, `(ROWS, 1)`."""
-    row = first + tl.arange(0, ROWS).to(tl.int64)
+def places(row, N, H, batch_stride, token_stride, UNIT: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Where rows (sample, token, head) start, `(rows, 1)`; 64 bits, as `row` has."""
     token = row // H
-    at = token // N * batch_stride + token % N * token_stride + row % H * HEAD_DIM
+    at = (token // N * batch_stride + token % N * token_stride) * UNIT + row % H * HEAD_DIM
     return at[:, None]
+
+
+@triton.jit
+def dense_places(row, H, stride, HEAD_DIM: tl.constexpr):
+    """Where they start in a buffer without gaps between samples."""
+    return (row // H * stride + row % H * HEAD_DIM)[:, None]
 
 
 @triton.jit
@@ -132,11 +137,11 @@ def prepare_kernel(
 ):  # fmt: skip
     """A row is one head of one token of one sample; q's and k's strides are in units of UNIT."""
     width = H * LAYOUT[0]
-    first = tl.program_id(0) * ROWS
-    mask = (first + tl.arange(0, ROWS) < rows)[:, None]
-    at = places(first, ROWS, N, H, batch_stride * UNIT, token_stride * UNIT, LAYOUT[0])
-    out_at = places(first, ROWS, N, H, 2 * N * width, 2 * width, LAYOUT[0])
-    table_at = places(first, ROWS, N, H, table_batch, LAYOUT[0], 0)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)
+    mask = (row < rows)[:, None]
+    at = places(row, N, H, batch_stride, token_stride, UNIT, LAYOUT[0])
+    out_at = dense_places(row, H, 2 * width, LAYOUT[0])
+    table_at = places(row, N, H, table_batch, LAYOUT[0], 1, 0)
     tables = load_tables(cos_ptr, sin_ptr, table_at, mask, LAYOUT)
     prepare_rows(
         q_ptr, at, q_out_ptr, out_at, q_weight_ptr, q_bias_ptr, tables, eps, mask, NORM, LAYOUT
@@ -205,11 +210,11 @@ def prepare_backward_kernel(
     q_sums = (zero, zero), (zero, zero)
     k_sums = (zero, zero), (zero, zero)
     for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
-        first = tile * ROWS
-        mask = (first + tl.arange(0, ROWS) < rows)[:, None]
-        at = places(first, ROWS, N, H, batch_stride * UNIT, token_stride * UNIT, LAYOUT[0])
-        dx_at = places(first, ROWS, N, H, 3 * N * width, 3 * width, LAYOUT[0])
-        table_at = places(first, ROWS, N, H, table_batch, LAYOUT[0], 0)
+        row = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
+        mask = (row < rows)[:, None]
+        at = places(row, N, H, batch_stride, token_stride, UNIT, LAYOUT[0])
+        dx_at = dense_places(row, H, 3 * width, LAYOUT[0])
+        table_at = places(row, N, H, table_batch, LAYOUT[0], 1, 0)
         tables = load_tables(cos_ptr, sin_ptr, table_at, mask, LAYOUT)
         terms = prepare_rows_backward(
             dq_ptr, dx_at, q_ptr, at, q_weight_ptr, tables, eps, mask, NORM, LAYOUT
