@@ -102,7 +102,7 @@ def attention_kernel(
     width = H * HEAD_DIM
     out_ptr += (batch * N + first) * width + column
     store_tile(out_ptr, width, rows, inside, out, HEAD_DIM, PARTS, EVEN)
-    lse = (top + tl.log2(total)) * 0.6931471805599453
+    lse = top * 0.6931471805599453 + tl.log(total)
     tl.store(lse_ptr + head.to(tl.int64) * N + first + rows, lse, mask=inside)
 
 

@@ -27,7 +27,7 @@ from fastdit import reference
 from fastdit.kernels import launch
 from fastdit.kernels.attention_tiles import stride_unit
 
-ELEMENTS = 2048  # of one tile, in fp32: 16 a thread
+ELEMENTS = 1024  # of one tile, in fp32: 8 a thread; 16 take 168 registers in the backward
 PROGRAMS = 1024  # share the rows where sums over tokens are wanted: 7 a multiprocessor and more
 
 
@@ -181,12 +181,12 @@ def prepare_rows_backward(
 
 
 @triton.jit
-def add_sums(sums, terms):
-    """The column sums of the terms of dweight and dbias, added to `sums`, two rows (a, b)."""
+def add_terms(sums, terms):
+    """Element by element: the rows are added up once, when a program ends."""
     dweight, dbias = terms
     return (
-        (sums[0][0] + tl.sum(dweight[0], 0), sums[0][1] + tl.sum(dweight[1], 0)),
-        (sums[1][0] + tl.sum(dbias[0], 0), sums[1][1] + tl.sum(dbias[1], 0)),
+        (sums[0][0] + dweight[0], sums[0][1] + dweight[1]),
+        (sums[1][0] + dbias[0], sums[1][1] + dbias[1]),
     )
 
 
@@ -194,7 +194,7 @@ def add_sums(sums, terms):
 def store_sums(ptr, sums, LAYOUT: tl.constexpr):
     at, one = tl.zeros([1, 1], tl.int32), tl.full([1, 1], 1, tl.int1)
     for i in tl.static_range(2):
-        row = sums[i][0][None, :], sums[i][1][None, :]
+        row = tl.sum(sums[i][0], 0)[None, :], tl.sum(sums[i][1], 0)[None, :]
         store_pairs(ptr + i * LAYOUT[0], at, row, one, LAYOUT)
 
 
@@ -206,7 +206,7 @@ def prepare_backward_kernel(
 ):  # fmt: skip
     """A program takes every num_programs-th tile of rows, and keeps its sums over them."""
     width = H * LAYOUT[0]
-    zero = tl.zeros([LAYOUT[1]], tl.float32)
+    zero = tl.zeros([ROWS, LAYOUT[1]], tl.float32)
     q_sums = (zero, zero), (zero, zero)
     k_sums = (zero, zero), (zero, zero)
     for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
@@ -220,12 +220,12 @@ def prepare_backward_kernel(
             dq_ptr, dx_at, q_ptr, at, q_weight_ptr, tables, eps, mask, NORM, LAYOUT
         )
         if partial_ptr is not None:
-            q_sums = add_sums(q_sums, terms)
+            q_sums = add_terms(q_sums, terms)
         terms = prepare_rows_backward(
             dk_ptr, dx_at, k_ptr, at, k_weight_ptr, tables, eps, mask, NORM, LAYOUT
         )
         if partial_ptr is not None:
-            k_sums = add_sums(k_sums, terms)
+            k_sums = add_terms(k_sums, terms)
     if partial_ptr is not None:
         partial_ptr += tl.program_id(0) * (4 * LAYOUT[0])
         store_sums(partial_ptr, q_sums, LAYOUT)
