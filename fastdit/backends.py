@@ -2,8 +2,9 @@
 
 Every op has a `reference` implementation, plain eager PyTorch. Kernels register themselves here as
 the `native` implementation of an op on one kind of device. Under `auto`, the default, a call runs
-the first registered kernel that supports it, otherwise the reference. An explicit choice is kept
-to: `native` raises `BackendError` with the reason where no kernel supports the call.
+the first registered kernel that supports it and is not known to be slower there, otherwise the
+reference. An explicit choice is kept to: `native` raises `BackendError` with the reason where no
+kernel supports the call, and asks for no speed.
 
 The choice is one setting for the whole process, like `torch.backends`' flags, because the
 backward pass runs on threads of autograd's own that would not see a thread-local one.
@@ -46,7 +47,8 @@ class Kernel:
     """A native implementation of `op` (or of `<op>_backward`) on one device type.
 
     `run` takes the arguments of `torch.ops.fastdit.<op>` in the schema's order; `unsupported`
-    takes the same and returns why it cannot run them, or None if it can.
+    takes the same and returns why it cannot run them, or None if it can; `slower` takes the same
+    and returns why `auto` should pass it over for a faster implementation, or None.
     """
 
     op: str
@@ -54,6 +56,14 @@ class Kernel:
     name: str
     run: Callable[..., Any]
     unsupported: Callable[..., str | None] = _always
+    slower: Callable[..., str | None] = _always
+
+    def rejected(self, *args: Any) -> str | None:
+        """Why the backend asked for now does not run these arguments here, or None."""
+        why = self.unsupported(*args)
+        if why is None and _setting.requested == "auto":
+            why = self.slower(*args)
+        return why
 
 
 PROVIDERS = {"cpu": ("fastdit.native",), "cuda": ("fastdit.native", "fastdit.kernels.registry")}
@@ -147,7 +157,7 @@ def select(op: str, device: str, args: tuple[Any, ...]) -> Kernel | None:
         return None
     kernels = kernels_for(op, device)
     for kernel in kernels:
-        if kernel.unsupported(*args) is None:
+        if kernel.rejected(*args) is None:
             return kernel
     if _setting.requested == "native":
         reasons = [f"{kernel.name}: {kernel.unsupported(*args)}" for kernel in kernels]
@@ -223,14 +233,14 @@ def explain(op: str | None = None, *args: Any, **kwargs: Any) -> Explanation:
 def _choice(op: str, device: str, args: tuple[Any, ...] | None) -> Choice:
     """`args` None asks what is registered; otherwise what supports these arguments."""
     kernels = kernels_for(op, device)
-    verdicts = [(k.name, k.unsupported(*args) if args is not None else None) for k in kernels]
+    verdicts = [(k.name, k.rejected(*args) if args is not None else None) for k in kernels]
     rejected = tuple((name, why) for name, why in verdicts if why is not None)
     fit = [name for name, why in verdicts if why is None]
     if current_backend() == "reference":
         return Choice(op, device, "reference", "asked for by fastdit.backend")
     if fit:
         return Choice(op, device, fit[0], "the fastest kernel that supports the call", rejected)
-    reason = "no kernel supports this call" if kernels else _none_registered()
+    reason = "no kernel takes this call" if kernels else _none_registered()
     if current_backend() == "native":
         return Choice(op, device, "an error", f"backend 'native' was asked for; {reason}", rejected)
     return Choice(op, device, "reference", reason, rejected)

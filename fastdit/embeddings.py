@@ -2,7 +2,8 @@
 
 Three embeddings with the published names and values: fixed 2-D sine-cosine positions (He et al.
 2021), sinusoidal timesteps through an MLP (Ho et al. 2020, Dhariwal & Nichol 2021), and a table
-of labels with one row more for "no label" (classifier-free guidance, Ho & Salimans 2022).
+of labels with one row more for "no label" (classifier-free guidance, Ho & Salimans 2022). Models
+that rotate queries and keys by their position instead (RoPE) take their tables from `rope_2d`.
 """
 
 from __future__ import annotations
@@ -35,6 +36,38 @@ def sincos_2d(width: int, grid: tuple[int, int]) -> np.ndarray:
         )
     rows, columns = np.meshgrid(*(np.arange(n) for n in grid), indexing="ij")
     return np.concatenate([sincos_1d(width // 2, columns), sincos_1d(width // 2, rows)], axis=1)
+
+
+def rope_2d(
+    head_dim: int, grid: tuple[int, int], *, theta: float = 10000.0, interleaved: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Rotary tables (cos, sin) of a `(rows, columns)` grid for `fastdit.ops.attention`.
+
+    Half of a head's pairs of channels turn with the token's row and the other half with its
+    column, the i-th of them by position·theta^(-4i/head_dim) radians.
+
+    Args:
+        head_dim: channels of a head, a multiple of 4.
+        grid: rows and columns of tokens.
+        theta: the base of the frequencies.
+        interleaved: the layout of the pairs, `attention`'s `rope_interleaved`.
+
+    Returns:
+        Two float32 tables `(rows·columns, head_dim)`.
+
+    Raises:
+        ValueError: `head_dim` is not divisible by 4.
+
+    Source: Su et al. 2021; in two dimensions Fang et al. 2023 (EVA-02).
+    """
+    if head_dim % 4:
+        raise ValueError(f"head_dim: got {head_dim}, allowed is a multiple of 4 (2-D rotation)")
+    frequencies = theta ** -(np.arange(head_dim // 4) / (head_dim / 4))
+    positions = np.meshgrid(*(np.arange(n) for n in grid), indexing="ij")
+    angles = np.concatenate([np.outer(p.reshape(-1), frequencies) for p in positions], axis=1)
+    angles = np.repeat(angles, 2, axis=1) if interleaved else np.tile(angles, 2)
+    cos, sin = (torch.from_numpy(f(angles).astype(np.float32)) for f in (np.cos, np.sin))
+    return cos, sin
 
 
 class TimestepEmbedder(nn.Module):

@@ -7,6 +7,7 @@ them; they take meta tensors, on which a `fastdit.testing.VirtualGPU` compiles t
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import Any
 
 import torch
@@ -19,6 +20,19 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device: make it `tensor`'s."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def arch_of(device: torch.device) -> int | str:
+    """What a launch on `device` is compiled for: 80, 90 ... or "gfx942"."""
+    if device.type == "cuda":
+        return _arch_of_index(device.index)
+    return triton.runtime.driver.active.get_current_target().arch
+
+
+@functools.cache
+def _arch_of_index(index: int | None) -> int | str:
+    with torch.cuda.device(index):
+        return triton.runtime.driver.active.get_current_target().arch
 
 
 def unsupported_dtype(**tensors: Tensor | None) -> str | None:

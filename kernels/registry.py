@@ -9,7 +9,7 @@ import importlib
 
 from fastdit import backends
 
-MODULES: tuple[str, ...] = ()
+MODULES: tuple[str, ...] = ("attention",)
 
 
 def register_all() -> None:

@@ -49,8 +49,7 @@ def cases(dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, str, tuple]
     yield "gated_adaln", "affine, no plus one", (x, y, gate, shift, scale, *affine)
     yield "gated_adaln", "rms", (x, y, gate, None, scale, weight, None, 1e-6, "rms", True)
     qkv = random(B, N, 3 * D, dtype=dtype, seed=5)
-    yield "attention", "two heads", (qkv, 2, None)
-    yield "attention", "scale", (qkv, 3, 0.5)
+    yield from _attention_cases(qkv, dtype)
     yield "bias_gelu", "tokens", (x, bias)
     image, pos = random(B, 3, 4, 6, dtype=dtype, seed=6), random(1, 6, D, dtype=dtype, seed=7)
     kernel = random(D, 3, 2, 2, dtype=dtype, seed=8)
@@ -61,6 +60,23 @@ def cases(dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, str, tuple]
     yield "unpatchify", "image", (random(B, 6, 24, dtype=dtype, seed=0), [2, 4], [3, 2], 3)
     yield "unpatchify", "signal", (random(B, 6, 12, dtype=dtype, seed=0), [4], [6], 3)
     yield from _step_cases(dtype)
+
+
+def _attention_cases(qkv: Tensor, dtype: torch.dtype) -> Iterator[tuple[str, str, tuple]]:
+    """Heads of 8 and 12 channels."""
+    absent = (None, None, None, None)
+    yield "attention", "two heads", (qkv, 2, None, *absent, None, 1e-6, None, None, True)
+    yield "attention", "scale", (qkv, 3, 0.5, *absent, None, 1e-6, None, None, True)
+    yield "attention", "layer norm", (qkv, 2, None, *absent, "layer", 1e-6, None, None, True)
+    affine = tuple(random(12, dtype=dtype, seed=seed) for seed in (20, 21, 22, 23))
+    exact = torch.promote_types(dtype, torch.float32)
+    tables = tuple(random(N, 12, dtype=exact, seed=seed, grad=False) for seed in (24, 25))
+    # Without positions the key's bias would shift all scores of a query alike: no gradient.
+    yield "attention", "layer norm, rope", (qkv, 2, None, *affine, "layer", 1e-5, *tables, True)
+    yield "attention", "rope in halves", (qkv, 2, None, *absent, None, 1e-6, *tables, False)
+    weights = (random(8, dtype=dtype, seed=20), None, random(8, dtype=dtype, seed=22), None)
+    per_sample = tuple(random(B, N, 8, dtype=exact, seed=s, grad=False) for s in (24, 25))
+    yield "attention", "rms, rope", (qkv, 3, 0.3, *weights, "rms", 1e-6, *per_sample, True)
 
 
 def _step_cases(dtype: torch.dtype) -> Iterator[tuple[str, str, tuple]]:

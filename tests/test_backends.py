@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 
@@ -60,6 +61,22 @@ def test_native_never_falls_back(kernel):
             torch.ops.fastdit.adaln(
                 torch.randn(1, 1, 9), None, None, None, None, 1e-6, "layer", True
             )
+
+
+def test_a_slower_kernel_is_passed_over_by_auto_alone(kernel):
+    slow = dataclasses.replace(kernel, name="slow sevens", slower=lambda x, *_: "eager is faster")
+    backends._kernels["adaln", "cpu"] = [slow]
+    assert not sevens(fastdit.ops.adaln(X, S, S))
+    (choice,) = fastdit.explain("adaln", X, S, S)
+    assert choice.runs == "reference"
+    assert choice.rejected == (("slow sevens", "eager is faster"),)
+    with fastdit.backend("native"):
+        assert sevens(fastdit.ops.adaln(X, S, S))
+        assert fastdit.explain("adaln", X, S, S)[0].runs == "slow sevens"
+        with pytest.raises(fastdit.BackendError, match="slow sevens: width 9 is over 8"):
+            fastdit.ops.adaln(torch.randn(2, 3, 9))
+    backends._kernels["adaln", "cpu"] = [slow, kernel]
+    assert fastdit.explain("adaln", X, S, S)[0].runs == "sevens"
 
 
 def test_native_without_any_kernel_says_so():
