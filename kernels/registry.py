@@ -9,7 +9,7 @@ import importlib
 
 from fastdit import backends
 
-MODULES: tuple[str, ...] = ()
+MODULES: tuple[str, ...] = ("adaln", "gated_residual", "gated_adaln")
 
 
 def register_all() -> None:
