@@ -53,10 +53,10 @@ def adaln(x, shift, scale, weight, bias, eps, norm, plus_one) -> tuple[Tensor, T
     if x.numel() == 0:
         return out, mean, rstd
     with on_device(x):
-        tile = rows.row_tile(x)
+        tile = rows.forward_tile(x)
         adaln_kernel[(x.shape[0] * x.shape[1],)](
             x, rows.view(shift), rows.view(scale), weight, bias, out, mean, rstd, x.shape[1], eps,
-            x.shape[2], tile.main, tile.tail, norm == "layer", plus_one, num_warps=tile.num_warps,
+            x.shape[2], tile.main, tile.tail, norm == "layer", plus_one, **tile.options,
         )  # fmt: skip
     return out, mean, rstd
 

@@ -61,11 +61,11 @@ def gated_adaln(
     if x.numel() == 0:
         return h, out, mean, rstd
     with on_device(x):
-        tile = rows.row_tile(x)
+        tile = rows.forward_tile(x)
         gated_adaln_kernel[(x.shape[0] * x.shape[1],)](
             x, y, rows.view(gate), rows.view(shift), rows.view(scale), weight, bias, h, out, mean,
             rstd, x.shape[1], eps, x.shape[2], tile.main, tile.tail, norm == "layer", plus_one,
-            num_warps=tile.num_warps,
+            **tile.options,
         )  # fmt: skip
     return h, out, mean, rstd
 

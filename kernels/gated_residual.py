@@ -18,6 +18,8 @@ from fastdit.kernels.launch import on_device
 from fastdit.kernels.rows import gated_sum, load, load_view, store, zeros
 from fastdit.kernels.slot_sums import store_partial
 
+REGISTERS = rows.Backward(half=64, full=80)
+
 
 @triton.jit
 def gated_residual_kernel(
@@ -66,10 +68,10 @@ def gated_residual(x, y, gate) -> Tensor:
     if x.numel() == 0:
         return h
     with on_device(x):
-        tile = rows.row_tile(x)
+        tile = rows.forward_tile(x)
         gated_residual_kernel[(x.shape[0] * x.shape[1],)](
             x, y, rows.view(gate), h, x.shape[1], x.shape[2], tile.main, tile.tail,
-            num_warps=tile.num_warps,
+            **tile.options,
         )  # fmt: skip
     return h
 
@@ -81,15 +83,15 @@ def gated_residual_backward(dout, y, gate) -> tuple[Tensor, Tensor]:
     if y.numel() == 0:
         return dy, dgate.zero_()
     per_token = gate.dim() == 3
-    slots = slot_sums.slots_for(y)
-    partials = slot_sums.Partials.empty(y, slots, dgate=not per_token)
     with on_device(y):
-        tile = rows.row_tile(y)
+        tile = rows.backward_tile(y, REGISTERS)
+        slots = slot_sums.slots_for(y, tile)
+        partials = slot_sums.Partials.empty(y, slots, dgate=not per_token)
         gated_residual_backward_kernel[(y.shape[0] * slots,)](
             dout, y, rows.view(gate), dy, dgate if per_token else None, partials.dgate, y.shape[1],
-            slots, y.shape[2], tile.main, tile.tail, num_warps=tile.num_warps,
+            slots, y.shape[2], tile.main, tile.tail, **tile.options,
         )  # fmt: skip
-    slot_sums.finish(partials, dgate=dgate)
+        slot_sums.finish(partials, dgate=dgate)
     return dy, dgate
 
 

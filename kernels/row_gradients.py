@@ -32,6 +32,9 @@ from fastdit.kernels.launch import on_device
 from fastdit.kernels.rows import fold, load, load_view, store, zeros
 from fastdit.kernels.slot_sums import store_partial
 
+REGISTERS = rows.Backward(half=80, full=96)
+GATED_REGISTERS = rows.Backward(half=128, full=160)
+
 
 @triton.jit
 def _add_pairs(a, b, c, d):
@@ -147,10 +150,8 @@ def row_gradients_kernel(
                 store(token_dgate_ptr + start, dx_main * y_main, 0, MAIN, D)
                 store(token_dgate_ptr + start, dx_tail * y_tail, MAIN, TAIL, D)
             else:
-                dgate_main, dgate_tail = (
-                    dgate_main + dx_main * y_main,
-                    dgate_tail + dx_tail * y_tail,
-                )
+                dgate_main += dx_main * y_main
+                dgate_tail += dx_tail * y_tail
         token_gradients(
             dout_main, unit_main, scale, weight_ptr, bias_ptr, token_dshift_ptr, token_dscale_ptr,
             start, 0, MAIN, D,
@@ -179,19 +180,22 @@ def row_gradients(
     dout, x = dout.contiguous(), x.contiguous()
     dh = None if dh is None else dh.contiguous()
     y = None if y is None else y.contiguous()
-    dx, dy, dgate, dshift, dscale = (
-        None if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device)
-        for t in (x, y, gate, shift, scale)
-    )
-    affine = [None if t is None else x.new_zeros(t.shape) for t in (weight, bias)]
-    gradients = [dx, dy, dgate, dshift, dscale]
     if x.numel() == 0:
-        gradients = [None if t is None else t.zero_() for t in gradients]
+        gradients = [_like(t, torch.zeros) for t in (x, y, gate, shift, scale, weight, bias)]
     else:
-        affine = _launch(
-            dout, x, mean, rstd, scale, weight, bias, norm, plus_one, dh, y, gate, *gradients
-        )
-    return tuple(x.new_empty(0) if t is None else t for t in (*gradients, *affine))
+        gradients = [_like(t, torch.empty) for t in (x, y, gate, shift, scale)]
+        with on_device(x):
+            gradients += _launch(
+                dout, x, mean, rstd, scale, weight, bias, norm, plus_one, dh, y, gate, *gradients
+            )
+    return tuple(x.new_empty(0) if t is None else t for t in gradients)
+
+
+def _like(tensor: Tensor | None, make) -> Tensor | None:
+    """A contiguous tensor like `tensor`, made by `torch.empty` or `torch.zeros`."""
+    if tensor is None:
+        return None
+    return make(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
 
 def _launch(
@@ -203,7 +207,8 @@ def _launch(
     token_dshift, sample_dshift = _by_kind(dshift)
     token_dscale, sample_dscale = _by_kind(dscale)
     scale_per_token = token_dscale is not None
-    slots = slot_sums.slots_for(x)
+    tile = rows.backward_tile(x, REGISTERS if gate is None else GATED_REGISTERS)
+    slots = slot_sums.slots_for(x, tile)
     partials = slot_sums.Partials.empty(
         x,
         slots,
@@ -212,15 +217,13 @@ def _launch(
         dshift=sample_dshift is not None and scale_per_token,
         dgate=sample_dgate is not None,
     )
-    with on_device(x):
-        tile = rows.row_tile(x)
-        row_gradients_kernel[(x.shape[0] * slots,)](
-            dout, x, mean, rstd, rows.view(scale), weight, bias, dh, y, rows.view(gate),
-            dx, dy, token_dgate, token_dshift, token_dscale,
-            partials.u, partials.v, partials.dshift, partials.dgate, x.shape[1], slots,
-            x.shape[2], tile.main, tile.tail, norm == "layer", plus_one, scale_per_token,
-            token_dgate is not None, num_warps=tile.num_warps,
-        )  # fmt: skip
+    row_gradients_kernel[(x.shape[0] * slots,)](
+        dout, x, mean, rstd, rows.view(scale), weight, bias, dh, y, rows.view(gate),
+        dx, dy, token_dgate, token_dshift, token_dscale,
+        partials.u, partials.v, partials.dshift, partials.dgate, x.shape[1], slots,
+        x.shape[2], tile.main, tile.tail, norm == "layer", plus_one, scale_per_token,
+        token_dgate is not None, **tile.options,
+    )  # fmt: skip
     return slot_sums.finish(
         partials, scale=None if scale_per_token else scale, weight=weight, bias=bias,
         plus_one=plus_one, dshift=sample_dshift, dscale=sample_dscale, dgate=sample_dgate,

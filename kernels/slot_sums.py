@@ -15,19 +15,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdit.kernels.launch import on_device
-from fastdit.kernels.rows import store, view
+from fastdit.kernels.rows import Tile, store, view
 
 
 @dataclass(frozen=True)
 class SlotTable:
     """How many programs share a sample's tokens.
 
-    512 programs of 4 warps and at most 80 registers are resident at once on 108 multiprocessors
-    or more. With fewer than 8 rows each, the sums would outweigh the rows.
+    2048 warps are 14 to 19 for each of 108 to 148 multiprocessors: about as many as the registers
+    of the backward kernels let be resident at once, and enough to keep 16-bit loads of 16 KiB in
+    flight on each; half of them do for 32-bit numbers. With fewer than 8 rows for each program the
+    sums would outweigh the rows. Constants, not the GPU's, so that every GPU sums in one order.
     """
 
-    programs: int = 512
+    warps_of_half: int = 2048
+    warps_of_full: int = 1024
     least_rows: int = 8
 
 
@@ -35,7 +37,7 @@ class SlotTable:
 class FinishTable:
     """A program of `finish_kernel` adds up blocks of `elements`, at most `slots` rows at a time.
 
-    With 512 slots, the most, 64 rows at a time take 8 rounds; a round of 32 columns still reads
+    With 2048 slots, the most, 64 rows at a time take 32 rounds; a round of 32 columns still reads
     128 bytes of each row.
     """
 
@@ -70,9 +72,10 @@ class Partials:
         return next((t for t in sums if t is not None), None)
 
 
-def slots_for(x: Tensor) -> int:
+def slots_for(x: Tensor, tile: Tile) -> int:
     """Programs for one sample of `x` (B, N, D)."""
-    wanted = triton.cdiv(SLOTS.programs, x.shape[0])
+    warps = SLOTS.warps_of_half if x.itemsize == 2 else SLOTS.warps_of_full
+    wanted = triton.cdiv(max(1, warps // tile.num_warps), x.shape[0])
     return min(wanted, triton.cdiv(x.shape[1], SLOTS.least_rows))
 
 
@@ -147,7 +150,7 @@ def finish(
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """Fill in the per-sample gradients; return those of weight and bias, None where absent.
 
-    `scale` is per sample, or None. Reads the partial sums once.
+    `scale` is per sample, or None. Reads the partial sums once; call it on their device.
     """
     first = partials.first()
     if first is None:
@@ -159,15 +162,11 @@ def finish(
     )
     rows = min(FINISH.slots, triton.next_power_of_2(slots))
     columns = min(FINISH.columns, FINISH.elements // rows)
-    first = next(
-        t for t in (partials.u, partials.v, partials.dshift, partials.dgate) if t is not None
-    )
-    with on_device(first):
-        finish_kernel[(batch * triton.cdiv(width, columns),)](
-            partials.u, partials.v, partials.dshift, partials.dgate, view(scale), weight, bias,
-            dshift, dscale, dgate, dweight, dbias, slots, width, rows, columns, plus_one,
-            num_warps=FINISH.num_warps,
-        )  # fmt: skip
+    finish_kernel[(batch * triton.cdiv(width, columns),)](
+        partials.u, partials.v, partials.dshift, partials.dgate, view(scale), weight, bias,
+        dshift, dscale, dgate, dweight, dbias, slots, width, rows, columns, plus_one,
+        num_warps=FINISH.num_warps,
+    )  # fmt: skip
     # Over samples PyTorch's own sum, which is deterministic; only affine norms come here.
     return tuple(
         None if t is None else t.sum(0).to(like.dtype)
