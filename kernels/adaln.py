@@ -23,7 +23,7 @@ from fastdit.kernels.row_gradients import row_gradients
 from fastdit.kernels.rows import load, normalise, store_modulated
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def adaln_kernel(
     x_ptr, shift, scale, weight_ptr, bias_ptr, out_ptr, mean_ptr, rstd_ptr, tokens, eps,
     D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
@@ -32,10 +32,9 @@ def adaln_kernel(
     row = tl.program_id(0)
     sample, token = row // tokens, row % tokens
     x_row, out_row = x_ptr + row.to(tl.int64) * D, out_ptr + row.to(tl.int64) * D
-    pivot = tl.load(x_row).to(tl.float32) if LAYER else 0.0
-    main = load(x_row, 0, MAIN, D, pivot)
-    tail = load(x_row, MAIN, TAIL, D, pivot)
-    main, tail = normalise(main, tail, pivot, mean_ptr, rstd_ptr, row, eps, D, MAIN, TAIL, LAYER)
+    main, tail = load(x_row, 0, MAIN, D), load(x_row, MAIN, TAIL, D)
+    full: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
+    main, tail = normalise(main, tail, mean_ptr, rstd_ptr, row, eps, D, MAIN, TAIL, LAYER, full)
     # The tail first: the other order takes 40 registers instead of 32 (width 768, sm_80).
     store_modulated(
         out_row, tail, shift, scale, weight_ptr, bias_ptr, sample, token, MAIN, TAIL, D, PLUS_ONE

@@ -19,10 +19,10 @@ from fastdit.backends import Kernel
 from fastdit.kernels import rows
 from fastdit.kernels.launch import on_device
 from fastdit.kernels.row_gradients import row_gradients
-from fastdit.kernels.rows import gated_sum, normalise, store, store_modulated, view_row
+from fastdit.kernels.rows import gated_sum, normalise, store, store_modulated
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def gated_adaln_kernel(
     x_ptr, y_ptr, gate, shift, scale, weight_ptr, bias_ptr, h_ptr, out_ptr, mean_ptr, rstd_ptr,
     tokens, eps, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
@@ -32,16 +32,12 @@ def gated_adaln_kernel(
     sample, token = row // tokens, row % tokens
     start = row.to(tl.int64) * D
     x_row, y_row, h_row, out_row = x_ptr + start, y_ptr + start, h_ptr + start, out_ptr + start
-    pivot = 0.0
-    if LAYER:
-        first_gate = tl.load(view_row(gate, sample, token)).to(tl.float32)
-        pivot = tl.load(x_row).to(tl.float32) + first_gate * tl.load(y_row).to(tl.float32)
-        pivot = pivot.to(h_ptr.dtype.element_ty).to(tl.float32)
-    main = gated_sum(x_row, y_row, gate, sample, token, 0, MAIN, D, pivot)
-    tail = gated_sum(x_row, y_row, gate, sample, token, MAIN, TAIL, D, pivot)
+    main = gated_sum(x_row, y_row, gate, sample, token, 0, MAIN, D)
+    tail = gated_sum(x_row, y_row, gate, sample, token, MAIN, TAIL, D)
     store(h_row, main, 0, MAIN, D)
     store(h_row, tail, MAIN, TAIL, D)
-    main, tail = normalise(main, tail, pivot, mean_ptr, rstd_ptr, row, eps, D, MAIN, TAIL, LAYER)
+    full: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
+    main, tail = normalise(main, tail, mean_ptr, rstd_ptr, row, eps, D, MAIN, TAIL, LAYER, full)
     # The tail first: the other order takes 40 registers instead of 32 (width 768, sm_80).
     store_modulated(
         out_row, tail, shift, scale, weight_ptr, bias_ptr, sample, token, MAIN, TAIL, D, PLUS_ONE

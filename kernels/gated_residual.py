@@ -21,7 +21,7 @@ from fastdit.kernels.slot_sums import store_partial
 REGISTERS = rows.Backward(half=64, full=80)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def gated_residual_kernel(
     x_ptr, y_ptr, gate, h_ptr, tokens, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr
 ):
@@ -34,7 +34,7 @@ def gated_residual_kernel(
     store(h_ptr + start, tail, MAIN, TAIL, D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "slots"])
 def gated_residual_backward_kernel(
     dout_ptr, y_ptr, gate, dy_ptr, token_dgate_ptr, dgate_ptr, tokens, slots,
     D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,

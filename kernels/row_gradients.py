@@ -29,16 +29,11 @@ from torch import Tensor
 
 from fastdit.kernels import rows, slot_sums
 from fastdit.kernels.launch import on_device
-from fastdit.kernels.rows import fold, load, load_view, store, zeros
+from fastdit.kernels.rows import fold, load, load_view, store, totals, zeros
 from fastdit.kernels.slot_sums import store_partial
 
 REGISTERS = rows.Backward(half=80, full=96)
 GATED_REGISTERS = rows.Backward(half=128, full=160)
-
-
-@triton.jit
-def _add_pairs(a, b, c, d):
-    return a + c, b + d
 
 
 @triton.jit
@@ -63,13 +58,13 @@ def through_norm(
     D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, LAYER: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the row from that of its normalised form."""
-    along = fold(g_main * unit_main, g_tail * unit_tail, MAIN, TAIL)
     if LAYER:
-        g = fold(g_main, g_tail, MAIN, TAIL)
-        level, along = tl.reduce((g, along), 0, _add_pairs)
+        along, level = totals(
+            g_main * unit_main, g_tail * unit_tail, g_main, g_tail, MAIN, TAIL
+        )  # fmt: skip
         g_main, g_tail = g_main - level / D, g_tail - level / D
     else:
-        along = tl.sum(along, 0)
+        along = tl.sum(fold(g_main * unit_main, g_tail * unit_tail, MAIN, TAIL), 0)
     along /= D
     return (g_main - unit_main * along) * rstd, (g_tail - unit_tail * along) * rstd
 
@@ -91,7 +86,7 @@ def token_gradients(
         store(dscale_ptr + start, dout * normed, START, SIZE, D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "slots"])
 def row_gradients_kernel(
     dout_ptr, x_ptr, mean_ptr, rstd_ptr, scale, weight_ptr, bias_ptr, dh_ptr, y_ptr, gate,
     dx_ptr, dy_ptr, token_dgate_ptr, token_dshift_ptr, token_dscale_ptr,

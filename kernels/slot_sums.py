@@ -101,7 +101,7 @@ def sum_slots(
     return tl.sum(total, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots"])
 def finish_kernel(
     u_ptr, v_ptr, dshift_sums_ptr, dgate_sums_ptr, scale, weight_ptr, bias_ptr,
     dshift_ptr, dscale_ptr, dgate_ptr, dweight_ptr, dbias_ptr, slots,
