@@ -123,9 +123,7 @@ def overload(op: str):
 
 def exact(arguments: list) -> list:
     """The same call in float64."""
-    return [
-        a.detach().double().requires_grad_() if isinstance(a, Tensor) else a for a in arguments
-    ]
+    return [a.detach().double().requires_grad_() if isinstance(a, Tensor) else a for a in arguments]
 
 
 def run(function, arguments: list, count: int) -> tuple[tuple[Tensor, ...], list[Tensor]]:
