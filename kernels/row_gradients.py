@@ -99,7 +99,7 @@ def row_gradients_kernel(
     u_main, u_tail, v_main, v_tail = zeros(MAIN), zeros(TAIL), zeros(MAIN), zeros(TAIL)
     dshift_main, dshift_tail = zeros(MAIN), zeros(TAIL)
     dgate_main, dgate_tail = zeros(MAIN), zeros(TAIL)
-    factor_main, factor_tail, gate_main, gate_tail = 1.0, 1.0, 1.0, 1.0
+    factor_main, factor_tail, gate_main, gate_tail = 1.0, 1.0, 1.0, 1.0  # those per token
     if not SCALE_PER_TOKEN:
         factor_main = factor(scale, weight_ptr, sample, slot, 0, MAIN, D, PLUS_ONE)
         factor_tail = factor(scale, weight_ptr, sample, slot, MAIN, TAIL, D, PLUS_ONE)
@@ -122,25 +122,26 @@ def row_gradients_kernel(
         unit_main = (load(x_ptr + start, 0, MAIN, D) - mean) * rstd
         unit_tail = (load(x_ptr + start, MAIN, TAIL, D) - mean) * rstd
         du_main, du_tail = dout_main, dout_tail
+        g_main, g_tail = dout_main * factor_main, dout_tail * factor_tail
         if SCALE_PER_TOKEN:
-            factor_main = factor(scale, weight_ptr, sample, token, 0, MAIN, D, PLUS_ONE)
-            factor_tail = factor(scale, weight_ptr, sample, token, MAIN, TAIL, D, PLUS_ONE)
             du_main *= factor(scale, None, sample, token, 0, MAIN, D, PLUS_ONE)
             du_tail *= factor(scale, None, sample, token, MAIN, TAIL, D, PLUS_ONE)
+            g_main *= factor(scale, weight_ptr, sample, token, 0, MAIN, D, PLUS_ONE)
+            g_tail *= factor(scale, weight_ptr, sample, token, MAIN, TAIL, D, PLUS_ONE)
         dx_main, dx_tail = through_norm(
-            dout_main * factor_main, dout_tail * factor_tail, unit_main, unit_tail, rstd,
-            D, MAIN, TAIL, LAYER,
-        )  # fmt: skip
+            g_main, g_tail, unit_main, unit_tail, rstd, D, MAIN, TAIL, LAYER
+        )
         if dh_ptr is not None:
             dx_main, dx_tail = dx_main + dh_main, dx_tail + dh_tail
         store(dx_ptr + start, dx_main, 0, MAIN, D)
         store(dx_ptr + start, dx_tail, MAIN, TAIL, D)
         if gate is not None:
+            dy_main, dy_tail = gate_main * dx_main, gate_tail * dx_tail
             if GATE_PER_TOKEN:
-                gate_main = load_view(gate, sample, token, 0, MAIN, D)
-                gate_tail = load_view(gate, sample, token, MAIN, TAIL, D)
-            store(dy_ptr + start, gate_main * dx_main, 0, MAIN, D)
-            store(dy_ptr + start, gate_tail * dx_tail, MAIN, TAIL, D)
+                dy_main *= load_view(gate, sample, token, 0, MAIN, D)
+                dy_tail *= load_view(gate, sample, token, MAIN, TAIL, D)
+            store(dy_ptr + start, dy_main, 0, MAIN, D)
+            store(dy_ptr + start, dy_tail, MAIN, TAIL, D)
             if GATE_PER_TOKEN:
                 store(token_dgate_ptr + start, dx_main * y_main, 0, MAIN, D)
                 store(token_dgate_ptr + start, dx_tail * y_tail, MAIN, TAIL, D)
