@@ -96,9 +96,10 @@ def _backward_tile(width: int, registers: int, lanes: int) -> Tile:
     main, tail = split_width(width)
     if main < 8 * lanes and tail:
         main, tail = 2 * main, 0
-    # AMD's compiler takes no limit, and beyond 16 columns a thread none would do.
-    limit = registers if lanes == 32 and main <= 4096 else None
-    return Tile(main, tail, max(1, min(512, main // 8) // lanes), limit)
+    num_warps = max(1, min(512, main // 8) // lanes)
+    # AMD's compiler takes no limit, and rows of more than 16 columns a thread spill under one.
+    limit = min(registers, 2048 // num_warps) if lanes == 32 and main <= 4096 else None
+    return Tile(main, tail, num_warps, limit)
 
 
 @functools.lru_cache(maxsize=8)
@@ -215,9 +216,7 @@ def add_pairs(a, b, c, d):
 
 
 @triton.jit
-def totals(
-    a_main, a_tail, b_main, b_tail, MAIN: tl.constexpr, TAIL: tl.constexpr
-):  # fmt: skip
+def totals(a_main, a_tail, b_main, b_tail, MAIN: tl.constexpr, TAIL: tl.constexpr):
     """The sums of two rows, behind one barrier."""
     a, b = fold(a_main, a_tail, MAIN, TAIL), fold(b_main, b_tail, MAIN, TAIL)
     return tl.reduce((a, b), 0, add_pairs)
