@@ -9,7 +9,7 @@ import importlib
 
 from fastdit import backends
 
-MODULES: tuple[str, ...] = ("attention",)
+MODULES: tuple[str, ...] = ("adaln", "gated_residual", "gated_adaln", "attention")
 
 
 def register_all() -> None:
