@@ -9,7 +9,7 @@ import importlib
 
 from fastdit import backends
 
-MODULES: tuple[str, ...] = ()
+MODULES: tuple[str, ...] = ("bias_gelu", "patch_embed", "unpatchify")
 
 
 def register_all() -> None:
