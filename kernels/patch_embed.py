@@ -185,8 +185,8 @@ def weight_kernel(
         at = split.to(tl.int64) * width * DEPTH + column[:, None] * DEPTH + k[None, :]
         mask = (column < width)[:, None] & (k < DEPTH)[None, :]
         tl.store(dweight_ptr + at, tl.trans(dweight), mask=mask)
-    if dbias_ptr is not None:
-        mask = (column < width) & (tl.program_id(2) == 0)
+    if dbias_ptr is not None:  # by the first of the programs that share these columns
+        mask = column < tl.where(tl.program_id(2) == 0, width, 0)
         tl.store(dbias_ptr + split.to(tl.int64) * width + column, dbias, mask=mask)
 
 
