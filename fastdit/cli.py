@@ -13,6 +13,7 @@ COMMANDS = {
     "sample": "fastdit.commands.sample",
     "train": "fastdit.training",
     "doctor": "fastdit.commands.doctor",
+    "gpu-proof": "fastdit.commands.gpu_proof",
 }
 """Each sub-command and the module with its `SUMMARY`, `add_arguments` and `run`."""
 
