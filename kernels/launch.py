@@ -44,6 +44,26 @@ def unsupported_dtype(**tensors: Tensor | None) -> str | None:
     return None
 
 
+def unsupported_extent(**tensors: Tensor | None) -> str | None:
+    """Why the kernels cannot index these tensors: the first of which one sample, all axes but the
+    first, spans 2^31 elements. Offsets of samples have 64 bits, offsets inside one have 32."""
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            axes = zip(tensor.shape[1:], tensor.stride()[1:], strict=True)
+            if sum((size - 1) * stride for size, stride in axes) >= 2**31:
+                return f"one sample of {name} spans 2^31 elements or more"
+    return None
+
+
+def column_block(width: int, most: int) -> int:
+    """The columns of a tile that walks over `width`: the largest power of two up to `most` that
+    pads the width by at most an eighth, and not under 16 unless the width is."""
+    block = most
+    while block > 16 and -width % block > width // 8:
+        block //= 2
+    return min(block, triton.next_power_of_2(width))
+
+
 def split_width(width: int) -> tuple[int, int]:
     """A row's width as two powers of two, `main + tail`, that cover it with the least padding.
 

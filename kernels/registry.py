@@ -9,7 +9,15 @@ import importlib
 
 from fastdit import backends
 
-MODULES: tuple[str, ...] = ("adaln", "gated_residual", "gated_adaln", "attention")
+MODULES = (
+    "adaln",
+    "gated_residual",
+    "gated_adaln",
+    "attention",
+    "bias_gelu",
+    "patch_embed",
+    "unpatchify",
+)
 
 
 def register_all() -> None:

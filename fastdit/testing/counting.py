@@ -29,6 +29,7 @@ _FREE = {
     "aten::lift_fresh",
     "aten::new_empty",
     "aten::new_empty_strided",
+    "aten::promote_types",
 }
 _OVERWRITE = {"aten::copy_", "aten::fill_", "aten::zero_"}  # do not read their first argument
 _GATHER = {"aten::embedding", "aten::gather", "aten::index", "aten::index_select"}

@@ -1,0 +1,139 @@
+"""Break every kernel on purpose and see that its tests notice.
+
+    python tests/mutate_kernels.py                 # every list of mutations
+    python tests/mutate_kernels.py patch rows      # tests/kernels/mutations_{patch,rows}.py
+
+A list is a module `tests/kernels/mutations_*.py` with
+
+    TESTS: str | tuple[str, ...]                   # the test files that must fail
+    MUTATIONS: list[tuple[str, str, str]]          # file, text that occurs in it once, replacement
+
+All paths are relative to the repository. Each mutation is applied to a copy of the repository in a
+temporary directory, where its tests run until the first failure; first of all they run unbroken.
+Exits with 1 if a mutation survives or its tests cannot run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("fastdit", "kernels", "tests")
+TESTS_FAILED = 1  # pytest's exit status; 0 is passed, the others could not run the tests
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One change of one file, and the test files that must notice it."""
+
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+    def apply(self, root: Path) -> str:
+        """Change the file under `root`; returns its text before.
+
+        Raises:
+            ValueError: the text to change is not there exactly once, or would not change.
+        """
+        path = root / self.file
+        before = path.read_text()
+        times = before.count(self.old)
+        if times != 1 or self.old == self.new:
+            raise ValueError(
+                f"{self.file}: got {self.old!r} {times} times, allowed is a change of 1"
+            )
+        path.write_text(before.replace(self.old, self.new))
+        return before
+
+    def ordered_tests(self) -> list[str]:
+        """The tests of the changed file first: they are the likeliest to fail."""
+        own = f"test_{Path(self.file).stem}.py"
+        return sorted(self.tests, key=lambda test: Path(test).name != own)
+
+
+def mutations(path: Path) -> list[Mutation]:
+    """The mutations of one list."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    tests = (module.TESTS,) if isinstance(module.TESTS, str) else tuple(module.TESTS)
+    return [Mutation(file, old, new, tests) for file, old, new in module.MUTATIONS]
+
+
+def copy_of_the_tree(to: Path) -> None:
+    """The package as an import finds it, without installing: `kernels` inside `fastdit` too."""
+    ignore = shutil.ignore_patterns("__pycache__", "*.so", "build")
+    for folder in FOLDERS:
+        shutil.copytree(ROOT / folder, to / folder, ignore=ignore)
+    shutil.copy(ROOT / "pyproject.toml", to)
+    (to / "fastdit" / "kernels").symlink_to(to / "kernels")
+
+
+def run_tests(root: Path, tests: list[str]) -> tuple[int, str]:
+    """pytest's exit status under `root`, and the line of its first failure."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(root),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+        "TRITON_CACHE_DIR": str(root / ".triton"),
+    }
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    lines = (done.stdout + done.stderr).strip().splitlines()
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    return done.returncode, (failed or lines or ["no output"])[-1]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Apply every mutation, print the table; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("lists", nargs="*", help="names of lists; default: all")
+    chosen = parser.parse_args(argv).lists
+    paths = sorted((ROOT / "tests" / "kernels").glob("mutations_*.py"))
+    paths = [p for p in paths if not chosen or p.stem.removeprefix("mutations_") in chosen]
+    todo = [mutation for path in paths for mutation in mutations(path)]
+    if not todo:
+        parser.error(f"lists: got {chosen}, allowed are the names of tests/kernels/mutations_*.py")
+    table = Table("file", "change", "result", title="Mutations", title_justify="left")
+    bad = 0
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder).resolve()
+        copy_of_the_tree(root)
+        tests = sorted({test for mutation in todo for test in mutation.tests})
+        print("running the tests unbroken ...", flush=True)
+        status, line = run_tests(root, tests)
+        if status != 0:
+            print(f"the tests fail unbroken: {line}")
+            return 1
+        for mutation in tqdm(todo, unit="mutation"):
+            before = mutation.apply(root)
+            status, line = run_tests(root, mutation.ordered_tests())
+            (root / mutation.file).write_text(before)
+            killed = status == TESTS_FAILED
+            bad += not killed
+            result = "killed" if killed else "SURVIVED" if status == 0 else f"BROKEN: {line}"
+            table.add_row(mutation.file, f"{mutation.old}\n→ {mutation.new}", result)
+    Console().print(table)
+    print(f"{len(todo) - bad} of {len(todo)} killed")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
