@@ -55,7 +55,7 @@ class Kernel:
     unsupported: Callable[..., str | None] = _always
 
 
-PROVIDERS = {"cpu": (), "cuda": ("fastdit.kernels.registry",)}
+PROVIDERS = {"cpu": ("fastdit.native",), "cuda": ("fastdit.native", "fastdit.kernels.registry")}
 """Modules that register the kernels of a device type, imported at the first call on it."""
 
 
