@@ -31,6 +31,12 @@ def _without_autocast(run: Callable[..., Any], device: str, args: tuple[Any, ...
     return run(*args)
 
 
+def _differentiates(args: tuple[Any, ...]) -> bool:
+    return torch.is_grad_enabled() and any(
+        isinstance(a, Tensor) and a.requires_grad for a in args
+    )
+
+
 def define(
     schema: str, reference: Callable[..., Any], fake: Callable[..., Any]
 ) -> torch._ops.OpOverload:
@@ -112,9 +118,14 @@ class Op:
         return schema_args[0].device.type, schema_args
 
     def __call__(self, *args: Any) -> Any:
-        if backends.select(self.name, args[0].device.type, args) is None:
+        device = args[0].device.type
+        chosen = backends.select(self.name, device, args)
+        if chosen is None:
             return self.reference(*args)
-        results = self.overload(*args)
+        if torch.compiler.is_compiling() or _differentiates(args):
+            results = self.overload(*args)
+        else:  # without the dispatcher and autograd, which would cost more than a small kernel
+            results = _without_autocast(chosen.run, device, args)
         if self.returns is None:
             return results
         return results[0] if self.returns == 1 else results[: self.returns]

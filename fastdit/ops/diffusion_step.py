@@ -31,6 +31,7 @@ from fastdit import reference
 from fastdit.ops import _checks
 from fastdit.ops._library import Op, define, gradient_like, present
 
+_TABLE_DTYPES = (torch.float32, torch.float64)
 _ARGUMENTS = (
     "Tensor x, Tensor model_output, Tensor table, Tensor step, Tensor? noise, "
     "Tensor? x0_previous, float? clip, bool learned_range, int guided_channels, Tensor? seed, "
@@ -93,32 +94,31 @@ def _check_patch(x: Tensor, patch) -> list[int]:
     return sizes
 
 
-def _check_output(x, model_output, learned_range, guided_channels, patch):
-    batch, channels, *size = x.shape
+def _check_output(x, shape, model_output, learned_range, guided_channels, patch):
+    batch, channels = shape[0], shape[1]
     if not isinstance(guided_channels, int) or not 0 <= guided_channels <= 2 * channels:
         _checks.fail("guided_channels", repr(guided_channels), f"an int from 0 to {2 * channels}")
-    batch = 2 * batch if guided_channels else batch
-    if patch is None:
-        shapes = [(batch, width, *size) for width in (channels, 2 * channels)]
-    else:
-        pixels = math.prod(patch)
-        tokens = math.prod(size) // pixels
-        shapes = [(batch, tokens, pixels * width) for width in (channels, 2 * channels)]
-    shapes = shapes[1:] if learned_range else shapes
-    fits = isinstance(model_output, Tensor) and model_output.is_floating_point()
-    if not fits or model_output.shape not in shapes or model_output.device != x.device:
-        if not isinstance(model_output, Tensor):
-            raise TypeError(
-                f"model_output: got {type(model_output).__name__}, allowed is a tensor {shapes[-1]}"
-            )
-        allowed = f"floating point, {' or '.join(map(str, shapes))} on {x.device}"
+    pixels = 1 if patch is None else math.prod(patch)
+    leading = (2 * batch if guided_channels else batch,)
+    if patch is not None:
+        leading += (math.prod(shape[2:]) // pixels,)
+    trailing = tuple(shape[2:]) if patch is None else ()
+    allowed = (*leading, 2 * channels * pixels, *trailing)
+    if not isinstance(model_output, Tensor):
+        got = type(model_output).__name__
+        raise TypeError(f"model_output: got {got}, allowed is a tensor {allowed}")
+    got = model_output.shape
+    fits = got == allowed or (not learned_range and got == (*leading, channels * pixels, *trailing))
+    if not fits or not model_output.is_floating_point() or model_output.device != x.device:
+        single = "" if learned_range else f"{(*leading, channels * pixels, *trailing)} or "
+        allowed = f"{single}{allowed}, floating point, on {x.device}"
         _checks.fail("model_output", _checks.described(model_output), allowed)
 
 
 def _check_table(x, table):
     columns = len(reference.TABLE_COLUMNS)
     fits = isinstance(table, Tensor) and table.dim() == 2 and table.shape[1] == columns
-    if not fits or table.dtype not in (torch.float32, torch.float64) or table.device != x.device:
+    if not fits or table.dtype not in _TABLE_DTYPES or table.device != x.device:
         allowed = f"(steps, {columns}) float32 or float64 on {x.device}"
         _checks.fail("table", _checks.described(table), allowed)
 
@@ -127,8 +127,8 @@ def _indices(name: str, value, x: Tensor, least: int, most: int) -> Tensor:
     """An int from `least` to `most` as a tensor; or an int64 tensor () or (B,) as it is."""
     if isinstance(value, Tensor):
         shape = value.shape
-        fits = value.dtype == torch.int64 and (not shape or shape == x.shape[:1])
-        if fits and value.device == x.device:
+        one_each = not shape or (len(shape) == 1 and shape[0] == x.shape[0])
+        if one_each and value.dtype == torch.int64 and value.device == x.device:
             return value
     elif isinstance(value, int) and not isinstance(value, bool):
         if not least <= value <= most:
@@ -155,7 +155,8 @@ def _arguments(
     _checks.tensor("x", x, range(2, 6), "(B, C, ...)")
     if patch is not None:
         patch = _check_patch(x, patch)
-    _check_output(x, model_output, learned_range, guided_channels, patch)
+    shape = x.shape
+    _check_output(x, shape, model_output, learned_range, guided_channels, patch)
     _check_table(x, table)
     step = _indices("step", step, x, 0, table.shape[0] - 1)
     if noise is not None:
