@@ -21,6 +21,19 @@ struct alignas(sizeof(T) * N) Pack {
   T values[N];
 };
 
+// What a pack is stored as, by an intrinsic: nvcc 13.0 for sm_80 and sm_90 merges an ordinary wide
+// store with the scalar ones of the other branch, into scalars for both.
+template <int kSize>
+struct Word;
+template <>
+struct Word<16> {
+  using type = uint4;
+};
+template <>
+struct Word<8> {
+  using type = uint2;
+};
+
 template <class T, int N>
 __device__ __forceinline__ bool is_wide(const T* place, int count) {
   return count == N && reinterpret_cast<uintptr_t>(place) % sizeof(Pack<T, N>) == 0;
@@ -44,7 +57,10 @@ __device__ __forceinline__ void store(const float (&from)[N], int count, T* __re
 #pragma unroll
   for (int j = 0; j < N; ++j) from_float(from[j], pack.values[j]);
   if (is_wide<T, N>(to, count)) {
-    *reinterpret_cast<Pack<T, N>*>(to) = pack;
+    using Wide = typename Word<sizeof pack>::type;
+    Wide word;
+    memcpy(&word, &pack, sizeof word);
+    __stcs(reinterpret_cast<Wide*>(to), word);
   } else {
 #pragma unroll
     for (int j = 0; j < N; ++j) {
