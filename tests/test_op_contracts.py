@@ -84,7 +84,9 @@ def test_a_kernel_is_no_less_exact_than_eager(index, dtype):
         pytest.skip("no kernel is registered for this call")
     definition = getattr(reference, op)
     truth = outputs(definition(*in_float64(args)))
-    for g, e, t in zip(outputs(overload(op)(*args)), outputs(definition(*args)), truth, strict=False):
+    for g, e, t in zip(
+        outputs(overload(op)(*args)), outputs(definition(*args)), truth, strict=False
+    ):
         floor = torch.finfo(torch.float32).eps / 2 * t.abs().max()
         assert (g.double() - t).abs().max() <= (e.double() - t).abs().max() + floor
 

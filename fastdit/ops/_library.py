@@ -32,9 +32,7 @@ def _without_autocast(run: Callable[..., Any], device: str, args: tuple[Any, ...
 
 
 def _differentiates(args: tuple[Any, ...]) -> bool:
-    return torch.is_grad_enabled() and any(
-        isinstance(a, Tensor) and a.requires_grad for a in args
-    )
+    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
 
 
 def define(

@@ -138,17 +138,18 @@ def test_the_compiled_ptx_computes_the_definition(dtype, output_dtype, noise, pa
         assert ((g.double() - e).abs() <= rounding * e.abs() + 3e-6).all()
 
 
-@pytest.mark.parametrize(("patch", "least"), [(None, 1.0), ([2, 2], 0.5)], ids=["image", "tokens"])
-def test_each_byte_is_read_once_and_no_warp_diverges(patch, least):
+@pytest.mark.parametrize("patch", [None, [2, 2]], ids=["image", "tokens"])
+def test_memory_is_moved_once_in_whole_sectors(patch):
     args = arguments(torch.float32, torch.float32, "given", patch, size=(16, 16))
+    x, output, *_ = args
     _, found = launch(*args)
-    tensors = [a for a in args if isinstance(a, torch.Tensor) and a.is_floating_point()]
-    table = args[2]
-    guided = args[1].numel() - 3 * 5 * 256  # of 8 channels of the null half 3 are read
-    if patch is None:
-        expected = 4 * (sum(t.numel() for t in tensors if t is not table) + guided - args[1].numel())
-        assert 0 <= found.loads.dram_bytes - expected <= 32 * 3 + 6 * 32
-        assert found.loads.efficiency > 0.9
-    assert found.stores.dram_bytes == 2 * 4 * args[0].numel()
+    assert found.stores.dram_bytes == 2 * x.nbytes
     assert found.stores.efficiency == 1.0
     assert found.divergent_branches == 0
+    # x, noise and the previous x0 whole; of the null half 3 of 8 channels, which in token rows
+    # share their sectors with the others; steps and coefficients at most 6 sectors.
+    null = output.nbytes // 2 * 3 // 8 if patch is None else output.nbytes // 2
+    least = 3 * x.nbytes + output.nbytes // 2 + null
+    assert least <= found.loads.dram_bytes <= least + 6 * 32
+    if patch is None:
+        assert found.loads.efficiency == 1.0
