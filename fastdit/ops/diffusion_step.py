@@ -127,7 +127,7 @@ def _indices(name: str, value, x: Tensor, least: int, most: int) -> Tensor:
     """An int from `least` to `most` as a tensor; or an int64 tensor () or (B,) as it is."""
     if isinstance(value, Tensor):
         shape = value.shape
-        one_each = not shape or (len(shape) == 1 and shape[0] == x.shape[0])
+        one_each = len(shape) == 0 or (len(shape) == 1 and shape[0] == x.shape[0])
         if one_each and value.dtype == torch.int64 and value.device == x.device:
             return value
     elif isinstance(value, int) and not isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""The code of diffusion_step's kernels: under sanitizers, as cubins, and as PTX that is executed."""
+"""The code of diffusion_step's kernels: under sanitizers, as cubins, as PTX that is executed."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def launch(x, output, table, step, noise, previous, clip, learned, guided, seed,
         *map(np.int64, (x.shape[0], channels, plane, out_channels, guided, table.shape[0])),
         *map(np.int32, (step.dim(), 0 if seed is None else seed.dim(), learned)),
         np.float32(math.inf if clip is None else clip),
-        *map(np.int32, (x.shape[-1] if patch else 0, *([1, 0] if not patch else patch))),
+        *map(np.int32, (x.shape[-1] if patch else 0, *(patch or [1, 0]))),
         *map(np.int32, (STORAGE[x.dtype], STORAGE[output.dtype])),
     ]
     run = PIXELS if patch else 16 // x.element_size()
