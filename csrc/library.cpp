@@ -4,11 +4,11 @@
 
 #include <string>
 
-#include "build_info.h"  // written by fastdit/_build.py for each build
+#include "build_info.h"  // written by fastdit/_build for each build
 
 namespace fastdit {
 
-// The JSON behind this marker tells what the file is without loading it: fastdit/_build.py reads it.
+// The JSON behind this marker tells what the file is without loading it: fastdit/_build reads it.
 __attribute__((used)) extern const char kBuildInfo[] = "fastdit-build-info:" FASTDIT_BUILD_INFO;
 
 std::string build_info() { return kBuildInfo + sizeof("fastdit-build-info:") - 1; }
