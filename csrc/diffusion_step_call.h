@@ -67,10 +67,6 @@ inline std::string text(const Tensor& tensor) {
   throw std::runtime_error(std::string(name) + ": got " + got + ", allowed is " + allowed);
 }
 
-inline void require(bool fits, const char* name, const Tensor& got, const std::string& allowed) {
-  if (!fits) [[unlikely]] fail(name, text(got), allowed);
-}
-
 // ---- checks --------------------------------------------------------------------------------------
 
 inline bool same_sizes(const Tensor& a, const Tensor& b) {
@@ -93,7 +89,7 @@ inline Storage storage_of(const char* name, const Tensor& tensor) {
 inline const void* like_x(const char* name, std::optional<Tensor>& tensor, const Tensor& x) {
   if (!tensor) return nullptr;
   const bool fits = same_sizes(*tensor, x) && tensor->scalar_type() == x.scalar_type();
-  require(fits && same_device(*tensor, x), name, *tensor, text(x));
+  if (!fits || !same_device(*tensor, x)) fail(name, text(*tensor), text(x));
   if (!tensor->is_contiguous()) tensor = torch::stable::contiguous(*tensor);
   return tensor->const_data_ptr();
 }
@@ -158,8 +154,9 @@ inline void take_output(Step& step, bool learned, int64_t guided, const std::opt
 inline void take_table(Step& step) {
   const Tensor &x = step.x, &table = step.table;
   const bool fits = table.dim() == 2 && table.size(1) == 9;
-  const bool stored = fits && table.scalar_type() == ScalarType::Float && same_device(table, x);
-  require(stored, "table", table, "(steps, 9) float32 on x's device");
+  if (!fits || table.scalar_type() != ScalarType::Float || !same_device(table, x)) {
+    fail("table", text(table), "(steps, 9) float32 on x's device");
+  }
   if (!table.is_contiguous()) step.table = torch::stable::contiguous(table);
   step.call.table = static_cast<const StepRow*>(step.table.const_data_ptr());
   step.call.rows = table.size(0);
@@ -188,7 +185,7 @@ inline Step prepare(const Tensor& x, const Tensor& output, const Tensor& table, 
                     const std::optional<Tensor>& seed, const std::optional<Sizes>& patch) {
   Step step{x, output, table, index, {}, {}, noise, previous, seed};
   StepCall& call = step.call;
-  require(x.dim() >= 2, "x", x, "(B, C, ...)");
+  if (x.dim() < 2 || x.dim() > 5) fail("x", text(x), "(B, C, ...) of 2 to 5 axes");
   call.x_storage = storage_of("x", x);
   call.batch = x.size(0);
   call.channels = x.size(1);

@@ -31,7 +31,7 @@ def _unsupported_cuda(x, model_output, table, *rest) -> str | None:
     return _unsupported(x, model_output, table, *rest)
 
 
-KERNELS = (
-    backends.Kernel("diffusion_step", "cpu", "csrc", _op, _unsupported),
-    backends.Kernel("diffusion_step", "cuda", "csrc", _op, _unsupported_cuda),
+KERNELS = tuple(
+    backends.Kernel("diffusion_step", device, "csrc", _op, unsupported, checks_arguments=True)
+    for device, unsupported in (("cpu", _unsupported), ("cuda", _unsupported_cuda))
 )

@@ -230,6 +230,29 @@ def diffusion_step(
 
     Source: Ho et al. 2020, Song et al. 2021, Lu et al. 2022; the design of one table is fastdit's.
     """
+    if (
+        isinstance(x, Tensor)
+        and isinstance(model_output, Tensor)
+        and isinstance(table, Tensor)
+        and isinstance(step, Tensor)
+        and not isinstance(seed, int)
+        and not isinstance(patch, int)
+    ):
+        results = _diffusion_step.unchecked(
+            x,
+            model_output,
+            table,
+            step,
+            noise,
+            x0_previous,
+            clip,
+            learned_range,
+            guided_channels,
+            seed,
+            patch,
+        )
+        if results is not None:
+            return results
     return _diffusion_step(
         *_arguments(
             x,

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastdit import _build
+from fastdit._build import BuildError, sources, toolchain
 
 HERE = Path(__file__).parent
 CSRC = HERE.parent.parent / "csrc"
-ISAS = _build.ISAS
+ISAS = sources.ISAS
 SANITIZERS = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 _HOST = ("-std=c++20", "-Wall", "-Werror", "-Wno-unknown-pragmas")
 
@@ -37,20 +37,21 @@ def _run(command: list[str]) -> str:
 @functools.cache
 def run_host(source: str, *flags: str) -> str:
     """Compile one of this folder's sources, run it, and return what it printed."""
-    compiler = _build.find_cxx()
-    if compiler is None:
-        pytest.skip("no C++ compiler")
+    try:
+        compiler = toolchain.find_cxx()
+    except BuildError as error:
+        pytest.skip(str(error))
     torch_headers = Path(torch.__file__).parent / "include"
     program = _output(source, *flags, "run")
     includes = [f"-I{CSRC}", f"-I{HERE}", "-isystem", str(torch_headers)]
-    _run([compiler, *_HOST, *flags, *includes, str(HERE / source), "-o", str(program)])
+    _run([*compiler, *_HOST, *flags, *includes, str(HERE / source), "-o", str(program)])
     return _run([str(program)])
 
 
 @functools.cache
 def compile_cuda(source: str, arch: str, kind: str) -> Path:
     """One of this folder's sources as a `cubin` or as `ptx` for an architecture such as sm_80."""
-    nvcc = _build.find_nvcc()
+    nvcc = toolchain.find_nvcc()
     if nvcc is None:
         pytest.skip("no nvcc")
     output = _output(source, arch, kind)
