@@ -30,13 +30,15 @@ CANDIDATES = ("published", "noise given", "randn_like", "seed", "seed, token row
 
 class Published:
     """DDPM's step with a learned variance as the published code computes it: every coefficient is
-    copied from a float64 array, indexed, and expanded to the shape of x."""
+    copied from a float64 array, indexed, and expanded to the shape of x, also those of the true
+    posterior's variance, which it returns beside the mean."""
 
     def __init__(self, diffusion) -> None:
         self.diffusion = diffusion
         row = diffusion.posterior_log_variance_clipped
         self.arrays = {"min_log": row, "max_log": torch.tensor(diffusion.betas).log().numpy()}
         for name in (
+            "posterior_variance",
             "sqrt_recip_alphas_cumprod",
             "sqrt_recipm1_alphas_cumprod",
             "posterior_mean_coef1",
@@ -64,7 +66,8 @@ class Published:
             self.coefficient("posterior_mean_coef1", t, x) * x0
             + self.coefficient("posterior_mean_coef2", t, x) * x
         )
-        assert mean.shape == variance.shape == x0.shape == x.shape
+        posterior = [self.coefficient(name, t, x) for name in ("posterior_variance", "min_log")]
+        assert all(value.shape == x.shape for value in (mean, variance, x0, *posterior))
         noise = torch.randn_like(x) if noise is None else noise
         not_last = (t != 0).float().view(-1, *[1] * (x.dim() - 1))
         return mean + not_last * torch.exp(0.5 * log_variance) * noise

@@ -113,7 +113,7 @@ def test_nan_and_infinity_stay():
 
 
 WRONG = [
-    ({"x": torch.ones(2)}, r"x: got \(2,\) float32 on cpu, allowed is \(B, C, ...\) of 2 to 5 axes"),
+    ({"x": torch.ones(2)}, r"x: got \(2,\) float32 on cpu, allowed is \(B, C, ...\) of 2 to"),
     (
         {"x": random(2, 4, 6, 8).double()},
         "x: got .*float64 on cpu, allowed is float32, bfloat16 or",

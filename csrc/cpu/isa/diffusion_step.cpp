@@ -4,6 +4,10 @@
 // Every operand of a chunk is brought to float32: a pointer into a float tensor, or a buffer filled
 // from half precision, from token rows or from Philox. One loop then does all the arithmetic. The
 // chunks are the same for any number of threads, and so are the results' bits.
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #include "cpu/diffusion_step_chunks.h"
 
 namespace fastdit::FASTDIT_ISA {
@@ -44,17 +48,26 @@ void finish(void* tensor, Storage storage, int64_t at, int count, const float* b
 
 // ---- the model's output --------------------------------------------------------------------------
 
-// Elements `first` on of one half of the channels, in the image's order, gathered from token rows.
+// Elements `first` on of a sample's output, in the image's order, gathered from token rows: row by
+// row of a channel's plane, and in a row token by token.
 template <class T>
 void gather(const StepCall& call, const T* tokens, int64_t first, int count, float* __restrict to) {
-  int channel = int(first / call.plane);
-  int32_t pixel = int32_t(first - channel * call.plane);
-  for (int done = 0; done < count; ++channel, pixel = 0) {
-    const int left = count - done, rest = int(call.plane - pixel);
-    const int end = done + (left < rest ? left : rest);
-    for (TokenCursor cursor(call, pixel); done < end; ++done, cursor.advance()) {
-      to[done] = to_float(tokens[cursor.offset() + channel]);
+  const int64_t channels = call.output_channels, patch_w = call.patch_w;
+  const int64_t token = call.patch_h * patch_w * channels;
+  int64_t channel = first / call.plane, pixel = first - channel * call.plane;
+  for (int done = 0; done < count;) {
+    const int64_t x = pixel % call.width;
+    const T* from = tokens + TokenCursor(call, int32_t(pixel)).offset() + channel;
+    const int64_t rest = call.width - x;
+    const int end = rest < count - done ? done + int(rest) : count;
+    pixel += end - done;
+    for (int64_t inside = x % patch_w; done < end; inside = 0) {
+      for (; inside < patch_w && done < end; ++inside, from += channels) {
+        to[done++] = to_float(*from);
+      }
+      from += token - patch_w * channels;
     }
+    if (pixel == call.plane) pixel = 0, ++channel;
   }
 }
 
@@ -87,16 +100,58 @@ const float* fetch_guided(const StepCall& call, int64_t sample, float guidance, 
 
 // ---- noise ---------------------------------------------------------------------------------------
 
-// Normals `first`, a multiple of 4, on; the buffer has room for a multiple of 4.
-void draw(const NoiseKey& key, int64_t first, int count, float* __restrict to) {
-  uint32_t words[4][kChunk / 4];
-  const int groups = (count + 3) / 4;
+constexpr int kGroups = kChunk / 4;
+static_assert(kGroups % 8 == 0);
+
+#if defined(__AVX2__)
+// Eight groups at a time, four in each register, a word in each 64-bit lane: the product of two low
+// halves is one instruction, and what it leaves in a high half the next product ignores. A compiler
+// that is given the loop below spends its time on moving halves about: 1.3 ns a normal, not 0.6.
+void draw_words(const NoiseKey& key, uint64_t first, int groups, uint32_t (&words)[4][kGroups]) {
+  const __m256i multiplier0 = _mm256_set1_epi64x(0xD2511F53), multiplier1 = _mm256_set1_epi64x(0xCD9E8D57);
+  for (int i = 0; i < groups; i += 8) {
+    __m256i c[2][4];
+    for (int part = 0; part < 2; ++part) {
+      const __m256i group = _mm256_add_epi64(_mm256_set1_epi64x(int64_t(first) + i + 4 * part),
+                                             _mm256_setr_epi64x(0, 1, 2, 3));
+      c[part][0] = group, c[part][1] = _mm256_srli_epi64(group, 32);
+      c[part][2] = _mm256_set1_epi64x(key.sample), c[part][3] = _mm256_set1_epi64x(key.step);
+    }
+    uint32_t key0 = uint32_t(key.seed), key1 = uint32_t(key.seed >> 32);
+    for (int round = 0; round < 10; ++round, key0 += 0x9E3779B9u, key1 += 0xBB67AE85u) {
+      const __m256i k0 = _mm256_set1_epi64x(key0), k1 = _mm256_set1_epi64x(key1);
+      for (auto& [c0, c1, c2, c3] : c) {
+        const __m256i product0 = _mm256_mul_epu32(c0, multiplier0);
+        const __m256i product1 = _mm256_mul_epu32(c2, multiplier1);
+        c0 = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(product1, 32), c1), k0);
+        c2 = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(product0, 32), c3), k1);
+        c1 = product1, c3 = product0;
+      }
+    }
+    for (int word = 0; word < 4; ++word) {
+      const __m256i even = _mm256_shuffle_epi32(c[0][word], 0x08);
+      const __m256i odd = _mm256_shuffle_epi32(c[1][word], 0x08);
+      const __m256i low = _mm256_permute4x64_epi64(_mm256_unpacklo_epi64(even, odd), 0xD8);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(words[word] + i), low);
+    }
+  }
+}
+#else
+void draw_words(const NoiseKey& key, uint64_t first, int groups, uint32_t (&words)[4][kGroups]) {
   for (int i = 0; i < groups; ++i) {
-    const uint64_t group = uint64_t(first / 4 + i);
+    const uint64_t group = first + uint64_t(i);
     const Words drawn = philox4x32_10({uint32_t(group), uint32_t(group >> 32), key.sample, key.step},
                                       uint32_t(key.seed), uint32_t(key.seed >> 32));
     words[0][i] = drawn.w0, words[1][i] = drawn.w1, words[2][i] = drawn.w2, words[3][i] = drawn.w3;
   }
+}
+#endif
+
+// Normals `first`, a multiple of 4, on; the buffer has room for a multiple of 4.
+void draw(const NoiseKey& key, int64_t first, int count, float* __restrict to) {
+  uint32_t words[4][kGroups];
+  const int groups = (count + 3) / 4;
+  draw_words(key, uint64_t(first) / 4, groups, words);
   for (int i = 0; i < groups; ++i) {
     const Normals z = normals({words[0][i], words[1][i], words[2][i], words[3][i]});
     to[4 * i] = z.z0, to[4 * i + 1] = z.z1, to[4 * i + 2] = z.z2, to[4 * i + 3] = z.z3;
