@@ -48,7 +48,8 @@ class Kernel:
 
     `run` takes the arguments of `torch.ops.fastdit.<op>` in the schema's order; `unsupported`
     takes the same and returns why it cannot run them, or None if it can; `slower` takes the same
-    and returns why `auto` should pass it over for a faster implementation, or None.
+    and returns why `auto` should pass it over for a faster implementation, or None. A `run` that
+    `checks_arguments` raises for wrong ones before it touches them.
     """
 
     op: str
@@ -57,6 +58,7 @@ class Kernel:
     run: Callable[..., Any]
     unsupported: Callable[..., str | None] = _always
     slower: Callable[..., str | None] = _always
+    checks_arguments: bool = False
 
     def rejected(self, *args: Any) -> str | None:
         """Why the backend asked for now does not run these arguments here, or None."""
