@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -55,7 +56,7 @@ class Kernel:
     unsupported: Callable[..., str | None] = _always
 
 
-PROVIDERS = {"cpu": (), "cuda": ("fastdit.kernels.registry",)}
+PROVIDERS = {"cpu": ("fastdit.native",), "cuda": ("fastdit.native", "fastdit.kernels.registry")}
 """Modules that register the kernels of a device type, imported at the first call on it."""
 
 
@@ -65,15 +66,19 @@ class _Setting:
 
 _setting = _Setting()
 _kernels: dict[tuple[str, str], list[Kernel]] = {}
+_missing: list[str] = []
 _loaded: set[str] = set()
+_loading = threading.RLock()
 
 
 def _load(device: str) -> bool:
-    """Import the providers of `device`'s kernels, once."""
+    """Import the providers of `device`'s kernels, once; other threads wait, it may take a while."""
     if device not in _loaded:
-        _loaded.add(device)
-        for module in PROVIDERS.get(device, ()):
-            importlib.import_module(module).register_all()
+        with _loading:
+            if device not in _loaded:
+                for module in PROVIDERS.get(device, ()):
+                    importlib.import_module(module).register_all()
+                _loaded.add(device)
     return True
 
 
@@ -86,6 +91,15 @@ def kernels_for(op: str, device: str) -> list[Kernel]:
     """The kernels of `op` on one device type, the fastest first."""
     _load(device)
     return _kernels.setdefault((op, device), [])
+
+
+def note_missing(reason: str) -> None:
+    """A provider could not register its kernels: the reason, for the messages that name none."""
+    _missing.append(reason)
+
+
+def _none_registered() -> str:
+    return "; ".join(["no kernel is registered for this device", *_missing])
 
 
 def register(kernel: Kernel) -> None:
@@ -139,7 +153,7 @@ def select(op: str, device: str, args: tuple[Any, ...]) -> Kernel | None:
         reasons = [f"{kernel.name}: {kernel.unsupported(*args)}" for kernel in kernels]
         raise BackendError(
             f"backend 'native' cannot run {op} on {device}: "
-            + ("; ".join(reasons) or "no kernel is registered for this device")
+            + ("; ".join(reasons) or _none_registered())
             + ". Use fastdit.backend('auto') or fastdit.backend('reference')."
         )
     return None
@@ -216,9 +230,7 @@ def _choice(op: str, device: str, args: tuple[Any, ...] | None) -> Choice:
         return Choice(op, device, "reference", "asked for by fastdit.backend")
     if fit:
         return Choice(op, device, fit[0], "the fastest kernel that supports the call", rejected)
-    reason = (
-        "no kernel supports this call" if kernels else "no kernel is registered for this device"
-    )
+    reason = "no kernel supports this call" if kernels else _none_registered()
     if current_backend() == "native":
         return Choice(op, device, "an error", f"backend 'native' was asked for; {reason}", rejected)
     return Choice(op, device, "reference", reason, rejected)

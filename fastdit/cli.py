@@ -12,6 +12,7 @@ COMMANDS = {
     "demo": "fastdit.commands.demo",
     "sample": "fastdit.commands.sample",
     "train": "fastdit.training",
+    "build": "fastdit.commands.build",
     "doctor": "fastdit.commands.doctor",
 }
 """Each sub-command and the module with its `SUMMARY`, `add_arguments` and `run`."""
