@@ -46,7 +46,8 @@ class Kernel:
     """A native implementation of `op` (or of `<op>_backward`) on one device type.
 
     `run` takes the arguments of `torch.ops.fastdit.<op>` in the schema's order; `unsupported`
-    takes the same and returns why it cannot run them, or None if it can.
+    takes the same and returns why it cannot run them, or None if it can. A `run` that
+    `checks_arguments` raises for wrong ones before it touches them.
     """
 
     op: str
@@ -54,6 +55,7 @@ class Kernel:
     name: str
     run: Callable[..., Any]
     unsupported: Callable[..., str | None] = _always
+    checks_arguments: bool = False
 
 
 PROVIDERS = {"cpu": ("fastdit.native",), "cuda": ("fastdit.native", "fastdit.kernels.registry")}

@@ -67,13 +67,23 @@ def _step_cases(dtype: torch.dtype) -> Iterator[tuple[str, str, tuple]]:
     table = step_table(dtype=torch.promote_types(dtype, torch.float32))
     step, steps = torch.tensor(2), torch.tensor([3, 1])
     x, noise, previous = (random(B, 4, 5, 3, dtype=dtype, seed=seed) for seed in (0, 1, 2))
+    image, before = (random(B, 4, 2, 6, dtype=dtype, seed=seed) for seed in (0, 2))
     plain, ranged = (random(B, c, 5, 3, dtype=dtype, seed=3) for c in (4, 8))
     halves = random(2 * B, 8, 5, 3, dtype=dtype, seed=3)
-    yield "diffusion_step", "plain", (x, plain, table, step, None, None, None, False, 0)
-    yield "diffusion_step", "noise", (x, plain, table, steps, noise, None, 1.0, False, 0)
-    yield "diffusion_step", "learned", (x, ranged, table, step, noise, previous, 0.7, True, 0)
-    yield "diffusion_step", "guided", (x, halves, table, steps, noise, None, None, True, 3)
-    yield "diffusion_step", "guided sigma", (x, halves, table, step, noise, None, 1.0, True, 8)
+    rows = random(2 * B, 2, 6 * 8, dtype=dtype, seed=3)
+    signal, signal_rows = (random(B, *s, dtype=dtype, seed=5) for s in ((2, 6), (3, 4)))
+    seed, seeds = torch.tensor(7), torch.tensor([2**40 + 1, -3])
+    for special, args in {
+        "plain": (x, plain, table, step, None, None, None, False, 0, None, None),
+        "noise": (x, plain, table, steps, noise, None, 1.0, False, 0, None, None),
+        "learned": (x, ranged, table, step, noise, previous, 0.7, True, 0, None, None),
+        "guided": (x, halves, table, steps, noise, None, None, True, 3, None, None),
+        "guided sigma": (x, halves, table, step, noise, None, 1.0, True, 8, None, None),
+        "seed": (x, ranged, table, steps, None, None, 1.0, True, 0, seed, None),
+        "tokens": (image, rows, table, step, None, before, 1.0, True, 3, seeds, [2, 3]),
+        "signal": (signal, signal_rows, table, step, None, None, None, False, 0, seed, [2]),
+    }.items():
+        yield "diffusion_step", special, args
 
 
 def case_ids() -> list[str]:

@@ -53,19 +53,42 @@ def test_opcheck(index):
     assert set(report.values()) == {"SUCCESS"}
 
 
+def in_float64(args: tuple) -> tuple:
+    floating = [isinstance(a, Tensor) and a.is_floating_point() for a in args]
+    return tuple(a.detach().double() if f else a for a, f in zip(args, floating, strict=True))
+
+
 @every_case
 def test_the_op_computes_its_reference_and_the_fake_tells_its_layout(index):
     op, args = case(index)
-    got, want = outputs(overload(op)(*args)), outputs(getattr(reference, op)(*args))
+    with fastdit.backend("reference"):
+        got, want = outputs(overload(op)(*args)), outputs(getattr(reference, op)(*args))
     with torch._subclasses.FakeTensorMode() as mode:
         fake_args = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args]
         fakes = outputs(overload(op)(*fake_args))
     for g, w in zip(got, want, strict=False):
         torch.testing.assert_close(g, w, rtol=0, atol=0)
         assert w.is_contiguous()
-    for g, f in zip(got, fakes, strict=True):
-        assert (f.shape, f.stride(), f.dtype) == (g.shape, g.stride(), g.dtype)
-        assert g.is_contiguous()
+    for outs in (got, outputs(overload(op)(*args))):
+        for g, f in zip(outs, fakes, strict=True):
+            assert (f.shape, f.stride(), f.dtype) == (g.shape, g.stride(), g.dtype)
+            assert g.is_contiguous()
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_kernel_is_no_less_exact_than_eager(index, dtype):
+    """Its error against float64 is at most eager's, or half a unit in float32's last place."""
+    op, args = case(index, dtype)
+    if backends.select(op, "cpu", args) is None:
+        pytest.skip("no kernel is registered for this call")
+    definition = getattr(reference, op)
+    truth = outputs(definition(*in_float64(args)))
+    for g, e, t in zip(
+        outputs(overload(op)(*args)), outputs(definition(*args)), truth, strict=False
+    ):
+        floor = torch.finfo(torch.float32).eps / 2 * t.abs().max()
+        assert (g.double() - t).abs().max() <= (e.double() - t).abs().max() + floor
 
 
 @every_case

@@ -33,10 +33,10 @@ def tensor(name: str, value: Any, dims: Sequence[int], layout: str) -> None:
 
 def like(name: str, value: Any, x: Tensor, shape: Sequence[int] | None = None) -> None:
     """`value` has `x`'s dtype and device, and `shape` (default: `x`'s)."""
-    shape = x.shape if shape is None else shape
+    shape = x.shape if shape is None else torch.Size(shape)
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, allowed is a tensor")
-    if value.shape != torch.Size(shape) or value.dtype != x.dtype or value.device != x.device:
+    if value.shape != shape or value.dtype != x.dtype or value.device != x.device:
         dtype = str(x.dtype).removeprefix("torch.")
         fail(name, described(value), f"{tuple(shape)} {dtype} on {x.device}")
 

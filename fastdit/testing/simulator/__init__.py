@@ -92,7 +92,8 @@ def run_ptx(
         ptx: the module's text.
         grid, block: up to three sizes each.
         arguments: one for each parameter: a CPU tensor for a pointer (changed in place), an int or
-            float for a number, `bytes` for a struct.
+            float for a number, `bytes` for a struct; or for a struct that holds pointers a list of
+            its members: tensors, None for null, and numpy scalars of the members' types.
         shared_bytes: dynamic shared memory of a block.
         kernel: the kernel's name or a part of it; None for the first.
 
@@ -107,7 +108,8 @@ def run_ptx(
             f"arguments: got {len(arguments)}, {program.name} has {len(program.parameters)} "
             "parameters"
         )
-    tensors = [value for value in arguments if isinstance(value, torch.Tensor)]
+    members = [m for value in arguments for m in (value if isinstance(value, list) else [value])]
+    tensors = [value for value in members if isinstance(value, torch.Tensor)]
     for tensor in tensors:
         if tensor.device.type != "cpu":
             raise ValueError(f"arguments: got a tensor on {tensor.device}, allowed is cpu")
@@ -144,6 +146,8 @@ def _three(sizes: Sequence[int]) -> tuple[int, int, int]:
 def _packed(value: Any, place: Parameter, memory: GlobalMemory) -> bytes:
     if isinstance(value, torch.Tensor):
         value = memory.address_of(value)
+    if isinstance(value, list):
+        value = _struct(value, memory)
     if isinstance(value, bytes) and len(value) == place.size:
         return value
     if isinstance(value, float) and place.type in ("f32", "f64"):
@@ -153,3 +157,15 @@ def _packed(value: Any, place: Parameter, memory: GlobalMemory) -> bytes:
     if isinstance(value, int):
         return _packed(float(value), place, memory)
     raise ValueError(f"arguments: got {value!r} for parameter {place.name} of type .{place.type}")
+
+
+def _struct(members: list[Any], memory: GlobalMemory) -> bytes:
+    """The members one after another as C lays them out: each aligned to its own size."""
+    packed, widest = b"", 1
+    for member in members:
+        if isinstance(member, torch.Tensor):
+            member = np.uint64(memory.address_of(member))
+        number = np.uint64(0) if member is None else member
+        packed += bytes(-len(packed) % number.nbytes) + number.tobytes()
+        widest = max(widest, number.nbytes)
+    return packed + bytes(-len(packed) % widest)

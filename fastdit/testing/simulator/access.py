@@ -53,8 +53,8 @@ def _load(machine: Machine, instruction: Instruction, mask: np.ndarray) -> None:
     width = type_.width // 8 * len(registers)
     source = instruction.operands[1]
     if space == "param":
-        assert isinstance(source, Address)
-        data = np.broadcast_to(machine.parameter(source, width), (machine.lanes, width))
+        data = np.zeros((machine.lanes, width), np.uint8)
+        data[mask] = machine.parameter(_addresses(machine, source)[mask], width)
     else:
         data = np.zeros((machine.lanes, width), np.uint8)
         lanes = np.flatnonzero(mask)

@@ -15,7 +15,6 @@ from fastdit.testing.simulator import access, arithmetic, bitwise, conversion, m
 from fastdit.testing.simulator.counters import Simulation
 from fastdit.testing.simulator.memory import GlobalMemory, MemoryFault, SharedMemory
 from fastdit.testing.simulator.parser import (
-    Address,
     Immediate,
     Instruction,
     Negated,
@@ -128,6 +127,8 @@ class Machine:
         for table in (self.program.shared, self.program.local, self.memory.symbols):
             if name in table:
                 return table[name]
+        if name in self.program.parameters:
+            return self.program.parameters[name].offset
         raise NotImplementedError(f"symbol {name}")
 
     def write(self, operand: Operand, values: np.ndarray, type_: Type, mask: np.ndarray) -> None:
@@ -149,10 +150,11 @@ class Machine:
             return values
         return np.broadcast_to(values, (self.lanes, *values.shape[1:]))
 
-    def parameter(self, address: Address, width: int) -> np.ndarray:
-        assert isinstance(address.base, Symbol)
-        start = self.program.parameters[address.base.name].offset + address.offset
-        return self.parameters[start : start + width]
+    def parameter(self, places: np.ndarray, width: int) -> np.ndarray:
+        """Bytes of the parameter block, one row for each of its `places`."""
+        if places.min() < 0 or places.max() + width > self.parameters.size:
+            raise MemoryFault(f"load of {width} bytes outside the kernel's parameters")
+        return self.parameters[places[:, None] + np.arange(width)]
 
     def whole_warps(self, mask: np.ndarray) -> bool:
         """Whether each warp is active with all its lanes or with none."""

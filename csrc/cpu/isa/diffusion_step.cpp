@@ -1,0 +1,178 @@
+// diffusion_step on the CPU, compiled once for each instruction set: plain loops that the compiler
+// vectorises, on chunks of one sample that fit the first-level cache.
+//
+// Every operand of a chunk is brought to float32: a pointer into a float tensor, or a buffer filled
+// from half precision, from token rows or from Philox. One loop then does all the arithmetic. The
+// chunks are the same for any number of threads, and so are the results' bits.
+#include "cpu/diffusion_step_chunks.h"
+
+namespace fastdit::FASTDIT_ISA {
+namespace {
+
+// ---- to and from float32 -------------------------------------------------------------------------
+
+template <class T>
+void widen(const T* from, int count, float* __restrict to) {
+  for (int i = 0; i < count; ++i) to[i] = to_float(from[i]);
+}
+
+// `count` elements of a tensor from `at` on, in place if they are floats, else in the buffer.
+const float* fetch(const void* tensor, Storage storage, int64_t at, int count, float* buffer) {
+  if (storage == Storage::kFloat) return static_cast<const float*>(tensor) + at;
+  if (storage == Storage::kBFloat16) {
+    widen(static_cast<const bfloat16*>(tensor) + at, count, buffer);
+  } else {
+    widen(static_cast<const half*>(tensor) + at, count, buffer);
+  }
+  return buffer;
+}
+
+template <class T>
+void narrow(const float* from, int count, T* __restrict to) {
+  for (int i = 0; i < count; ++i) from_float(from[i], to[i]);
+}
+
+// Where a chunk's results go: the tensor itself, or a buffer that `finish` rounds.
+float* results(void* tensor, Storage storage, int64_t at, float* buffer) {
+  return storage == Storage::kFloat ? static_cast<float*>(tensor) + at : buffer;
+}
+
+void finish(void* tensor, Storage storage, int64_t at, int count, const float* buffer) {
+  if (storage == Storage::kBFloat16) narrow(buffer, count, static_cast<bfloat16*>(tensor) + at);
+  if (storage == Storage::kHalf) narrow(buffer, count, static_cast<half*>(tensor) + at);
+}
+
+// ---- the model's output --------------------------------------------------------------------------
+
+// Elements `first` on of one half of the channels, in the image's order, gathered from token rows.
+template <class T>
+void gather(const StepCall& call, const T* tokens, int64_t first, int count, float* __restrict to) {
+  int channel = int(first / call.plane);
+  int32_t pixel = int32_t(first - channel * call.plane);
+  for (int done = 0; done < count; ++channel, pixel = 0) {
+    const int left = count - done, rest = int(call.plane - pixel);
+    const int end = done + (left < rest ? left : rest);
+    for (TokenCursor cursor(call, pixel); done < end; ++done, cursor.advance()) {
+      to[done] = to_float(tokens[cursor.offset() + channel]);
+    }
+  }
+}
+
+const float* fetch_output(const StepCall& call, int64_t sample, int64_t first, int count,
+                          float* buffer) {
+  const int64_t at = sample * call.output_size();
+  if (!call.tokens()) return fetch(call.output, call.output_storage, at + first, count, buffer);
+  if (call.output_storage == Storage::kFloat) {
+    gather(call, static_cast<const float*>(call.output) + at, first, count, buffer);
+  } else if (call.output_storage == Storage::kBFloat16) {
+    gather(call, static_cast<const bfloat16*>(call.output) + at, first, count, buffer);
+  } else {
+    gather(call, static_cast<const half*>(call.output) + at, first, count, buffer);
+  }
+  return buffer;
+}
+
+// The same, guided where the channels are: `null` is another buffer.
+const float* fetch_guided(const StepCall& call, int64_t sample, float guidance, int64_t first,
+                          int count, float* buffer, float* null) {
+  const float* cond = fetch_output(call, sample, first, count, buffer);
+  const int64_t limit = call.guided * call.plane - first;
+  if (limit <= 0) return cond;
+  const float* other = fetch_output(call, call.batch + sample, first, count, null);
+  const int guided_count = limit < count ? int(limit) : count;
+  for (int i = 0; i < guided_count; ++i) buffer[i] = guided(cond[i], other[i], guidance);
+  for (int i = guided_count; i < count; ++i) buffer[i] = cond[i];
+  return buffer;
+}
+
+// ---- noise ---------------------------------------------------------------------------------------
+
+// Normals `first`, a multiple of 4, on; the buffer has room for a multiple of 4.
+void draw(const NoiseKey& key, int64_t first, int count, float* __restrict to) {
+  uint32_t words[4][kChunk / 4];
+  const int groups = (count + 3) / 4;
+  for (int i = 0; i < groups; ++i) {
+    const uint64_t group = uint64_t(first / 4 + i);
+    const Words drawn = philox4x32_10({uint32_t(group), uint32_t(group >> 32), key.sample, key.step},
+                                      uint32_t(key.seed), uint32_t(key.seed >> 32));
+    words[0][i] = drawn.w0, words[1][i] = drawn.w1, words[2][i] = drawn.w2, words[3][i] = drawn.w3;
+  }
+  for (int i = 0; i < groups; ++i) {
+    const Normals z = normals({words[0][i], words[1][i], words[2][i], words[3][i]});
+    to[4 * i] = z.z0, to[4 * i + 1] = z.z1, to[4 * i + 2] = z.z2, to[4 * i + 3] = z.z3;
+  }
+}
+
+// ---- the update ----------------------------------------------------------------------------------
+
+enum Sigma { kNone, kFixed, kLearned };
+
+template <Sigma kSigma, bool kPrevious>
+struct Update {
+  StepRow row;
+  float clip;
+
+  void operator()(int count, const float* x, const float* e, const float* v, const float* z,
+                  const float* previous, float* __restrict next, float* __restrict x0) const {
+    for (int i = 0; i < count; ++i) {
+      const float predicted = predicted_x0(row, x[i], e[i], clip);
+      float value = next_mean(row, x[i], predicted);
+      if constexpr (kPrevious) value += row.cp * previous[i];
+      if constexpr (kSigma == kFixed) value += row.sigma * z[i];
+      if constexpr (kSigma == kLearned) value += learned_sigma(row, v[i]) * z[i];
+      x0[i] = predicted;
+      next[i] = value;
+    }
+  }
+};
+
+template <Sigma kSigma, bool kPrevious>
+void step_chunk(const StepCall& call, int64_t sample, int64_t first, int count) {
+  alignas(64) float buffer[9][kChunk];
+  const int64_t at = sample * call.sample_size() + first;
+  const StepRow row = call.table[call.step_of(sample)];
+  const Storage storage = call.x_storage;
+  const float* x = fetch(call.x, storage, at, count, buffer[0]);
+  const float* e =
+      fetch_guided(call, sample, row.guidance, first, count, buffer[1], buffer[2]);
+  const float *v = nullptr, *z = nullptr, *previous = nullptr;
+  if constexpr (kSigma == kLearned) {
+    const int64_t second = call.sample_size() + first;
+    v = fetch_guided(call, sample, row.guidance, second, count, buffer[3], buffer[4]);
+  }
+  if constexpr (kSigma != kNone) {
+    if (call.noise == nullptr) draw(noise_key(call, sample), first, count, buffer[5]);
+    z = call.noise ? fetch(call.noise, storage, at, count, buffer[5]) : buffer[5];
+  }
+  if constexpr (kPrevious) previous = fetch(call.previous, storage, at, count, buffer[6]);
+  float* next = results(call.next, storage, at, buffer[7]);
+  float* x0 = results(call.x0, storage, at, buffer[8]);
+  Update<kSigma, kPrevious>{row, call.clip}(count, x, e, v, z, previous, next, x0);
+  finish(call.next, storage, at, count, next);
+  finish(call.x0, storage, at, count, x0);
+}
+
+template <Sigma kSigma, bool kPrevious>
+void step_chunks(const StepCall& call, int64_t begin, int64_t end) {
+  const int64_t size = call.sample_size(), chunks = chunks_of(call);
+  for (int64_t chunk = begin; chunk < end; ++chunk) {
+    const int64_t sample = chunk / chunks, first = (chunk - sample * chunks) * kChunk;
+    const int64_t left = size - first;
+    step_chunk<kSigma, kPrevious>(call, sample, first, left < kChunk ? int(left) : kChunk);
+  }
+}
+
+}  // namespace
+
+void diffusion_step(const StepCall& call, int64_t begin, int64_t end) {
+  const bool previous = call.previous != nullptr;
+  if (!call.noisy()) {
+    (previous ? step_chunks<kNone, true> : step_chunks<kNone, false>)(call, begin, end);
+  } else if (call.learned) {
+    (previous ? step_chunks<kLearned, true> : step_chunks<kLearned, false>)(call, begin, end);
+  } else {
+    (previous ? step_chunks<kFixed, true> : step_chunks<kFixed, false>)(call, begin, end);
+  }
+}
+
+}  // namespace fastdit::FASTDIT_ISA
