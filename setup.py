@@ -16,14 +16,13 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).resolve().parent
 PACKAGES = {"fastdit": "fastdit", "fastdit.kernels": "kernels"}
-CSRC = ["*.md", "*.cpp", "*.h", "cpu/*.cpp", "cpu/*.h", "cpu/isa/*.cpp", "cpu/isa/*.h"]
-CSRC += ["*.cuh", "cuda/*.cu", "cuda/*.cuh", "cuda/*.h"]
 
 
-def builder():
+def load_builder():
     """`fastdit/_build`, without importing fastdit, which needs torch."""
     folder = HERE / "fastdit" / "_build"
     spec = importlib.util.spec_from_file_location(
@@ -34,60 +33,67 @@ def builder():
     return module
 
 
+build = load_builder()
+
+
+class Fresh(build_py):
+    """Copy the package into an empty folder: what an older checkout left does not ship."""
+
+    def run(self) -> None:
+        shutil.rmtree(Path(self.build_lib) / "fastdit", ignore_errors=True)
+        super().run()
+
+
 class BuildLibrary(build_ext):
     """Build csrc/ with `fastdit/_build`, or say why the package goes without a library."""
 
     def run(self) -> None:
-        build = builder()
         mode = os.environ.get("FASTDIT_BUILD") or "auto"
         if mode not in ("auto", "0", "1"):
             raise SystemExit(f"FASTDIT_BUILD: got {mode!r}, allowed are 'auto', '0', '1'")
         try:
             if mode == "0":
                 raise build.BuildError("FASTDIT_BUILD=0")
-            self.compile(build, mode)
+            self.compile(mode)
         except build.BuildError as error:
-            output = f"{getattr(error, 'output', '')}\n"
             if mode == "1":
-                raise SystemExit(f"{output}fastdit, FASTDIT_BUILD=1: {error}") from None
-            print(f"{output}fastdit: installed without a compiled library: {error}", flush=True)
+                raise SystemExit(f"fastdit, FASTDIT_BUILD=1: {error}") from None
+            print(f"fastdit: installed without a compiled library: {error}", flush=True)
 
-    def compile(self, build, mode: str) -> None:
+    def compile(self, mode: str) -> None:
         """Compile, without CUDA kernels if these alone fail, and put the library in its place."""
         tools = build.find_toolchain(build.find_torch())
-        library = Path(self.get_ext_fullpath_built())
+        library = self.built()
         try:
-            self.compile_with(build, tools, library)
+            self.compile_with(tools, library)
         except build.CompileError as error:
-            if mode == "1" or tools.nvcc is None:
+            if mode == "1" or tools.nvcc is None or not error.of_cuda:
                 raise
-            print(f"{error.output}\nfastdit: {error}; going on without CUDA kernels", flush=True)
-            self.compile_with(build, tools.without_cuda(), library)
+            print(f"fastdit: {error}; going on without CUDA kernels", flush=True)
+            self.compile_with(tools.without_cuda(), library)
         if self.inplace:
             target = HERE / "fastdit" / build.LIBRARY
             partial = target.with_suffix(".partial")
             shutil.copyfile(library, partial)
             os.replace(partial, target)
 
-    def compile_with(self, build, tools, library: Path) -> None:
+    def compile_with(self, tools: build.Toolchain, library: Path) -> None:
         print(f"fastdit: compiling the kernels with {tools}", flush=True)
         objects = Path(self.build_temp).absolute() / ("cuda" if tools.nvcc else "host")
         info = build.describe(tools)
         seconds = build.compile_library(tools, info, objects, library, progress=print)
         print(f"fastdit: compiled in {seconds:.1f} s", flush=True)
 
-    def get_ext_fullpath_built(self) -> str:
-        return str(Path(self.build_lib).absolute() / self.get_ext_filename("fastdit.libfastdit"))
-
-    def get_ext_filename(self, name: str) -> str:
-        return str(Path(*name.split("."))) + ".so"
+    def built(self) -> Path:
+        """Where the library is built; it is there if that went well."""
+        return Path(self.build_lib).absolute() / "fastdit" / build.LIBRARY
 
     def get_outputs(self) -> list[str]:
-        return [path for path in [self.get_ext_fullpath_built()] if Path(path).is_file()]
+        return [str(self.built())] if self.built().is_file() else []
 
     def get_output_mapping(self) -> dict[str, str]:
-        built = self.get_outputs() if self.inplace else []
-        return {path: str(HERE / "fastdit" / Path(path).name) for path in built}
+        in_place = str(HERE / "fastdit" / build.LIBRARY)
+        return {path: in_place for path in self.get_outputs() if self.inplace}
 
 
 class Wheel(bdist_wheel):
@@ -111,7 +117,10 @@ def packages() -> list[str]:
 setup(
     packages=[*packages(), "fastdit.csrc"],
     package_dir={**PACKAGES, "fastdit.csrc": "csrc"},
-    package_data={"fastdit": ["py.typed", "weights/*.safetensors"], "fastdit.csrc": CSRC},
+    package_data={
+        "fastdit": ["py.typed", "weights/*.safetensors"],
+        "fastdit.csrc": ["README.md", *build.SOURCES, *build.HEADERS],
+    },
     ext_modules=[Extension("fastdit.libfastdit", [])],
-    cmdclass={"build_ext": BuildLibrary, "bdist_wheel": Wheel},
+    cmdclass={"build_py": Fresh, "build_ext": BuildLibrary, "bdist_wheel": Wheel},
 )

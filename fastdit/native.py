@@ -106,7 +106,7 @@ def _build_in_cache(
         if target.is_file() and not force and target not in unusable:
             return target, None
         if log.is_file() and not retry:
-            raise BuildError(f"compiling failed before, see {log}")
+            raise _failed_before(log)
         _say(f"compiling the kernels with {tools}, once, into {folder} ...")
         with native_cache.objects(cache, info) as objects, _progress(verbose) as progress:
             if force:
@@ -124,6 +124,12 @@ def _build_in_cache(
         native_cache.prune(cache)
     _say(f"compiled in {seconds:.1f} s")
     return target, seconds
+
+
+def _failed_before(log: Path) -> CompileError:
+    error = CompileError(log.read_text())
+    error.args = (f"{error}, and it is not tried again (all it said: {log})",)
+    return error
 
 
 def _keep_log(log: Path, output: str) -> None:
@@ -165,8 +171,8 @@ def _build_at_first_use(mode: str, unusable: frozenset[Path]) -> Path:
     tools = find_toolchain(None if torch.version.cuda else False)
     try:
         return _build_in_cache(tools, retry=mode == "1", unusable=unusable)[0]
-    except BuildError as error:
-        if mode == "1" or tools.nvcc is None:
+    except CompileError as error:
+        if mode == "1" or tools.nvcc is None or not error.of_cuda:
             raise
         _say(f"{error}; going on without the CUDA kernels")
         return _build_in_cache(tools.without_cuda(), retry=False, unusable=unusable)[0]
@@ -193,8 +199,21 @@ def load(*, may_build: bool = True) -> tuple[Path, Info]:
     return _State.loaded
 
 
+def _already_loaded() -> str | None:
+    """What the library in this process says, where fastdit was imported a second time."""
+    try:
+        return torch.ops.fastdit_native.build_info()
+    except AttributeError:
+        return None
+
+
 def _load(mode: str, may_build: bool) -> tuple[Path, Info]:
     unusable = {}
+    if present := _already_loaded():  # two in one process would both define the same ops
+        for path, info in candidates():
+            if info.json() == present:
+                return path, info
+        raise BuildError("a library of other sources is loaded in this process; start it again")
     for path, info in candidates():
         try:
             torch.ops.load_library(str(path))
@@ -237,7 +256,7 @@ def register_all(*, may_build: bool = True) -> None:
         if may_build:
             _logger.warning(
                 "fastdit: no compiled library, so ops run their reference: %s. "
-                "`fastdit build` compiles it, `fastdit doctor` tells what is missing.",
+                "`fastdit doctor` tells what is missing, `fastdit build` builds it.",
                 why,
             )
     else:

@@ -10,11 +10,13 @@ nothing but the standard library. Which file is compiled how is in csrc/README.m
 from .errors import BuildError, CompileError
 from .info import LIBRARY, Info, describe, machine, package_version, read_info
 from .library import compile_library, default_jobs
-from .sources import TORCH_ABI, source_hash, sources_folder
+from .sources import HEADERS, SOURCES, TORCH_ABI, source_hash, sources_folder
 from .toolchain import Toolchain, find_nvcc, find_toolchain, find_torch
 
 __all__ = [
+    "HEADERS",
     "LIBRARY",
+    "SOURCES",
     "TORCH_ABI",
     "BuildError",
     "CompileError",

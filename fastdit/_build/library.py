@@ -39,8 +39,8 @@ def _gencode(archs: tuple[str, ...]) -> list[str]:
     return flags
 
 
-def _rule(name: str, command: str, description: str, *, depfile: bool = True) -> list[str]:
-    lines = [f"rule {name}", f"  command = {command}", f"  description = {description}"]
+def _rule(name: str, command: str, *, depfile: bool = True) -> list[str]:
+    lines = [f"rule {name}", f"  command = {command}", "  description = $out"]
     return [*lines, "  depfile = $out.d", "  deps = gcc"] if depfile else lines
 
 
@@ -53,17 +53,19 @@ def ninja_file(tools: Toolchain, csrc: Path, jobs: int) -> str:
     whole = sys.platform == "linux"  # an undefined symbol fails the link here, not the loading
     cxx = _shell(*tools.cxx)
     end = f"{search} $flags -c $in -o $out"
-    lines = _rule("cxx", f"{cxx} -MD -MF $out.d {_shell(*COMMON, *HOST)} {end}", "$in $flags")
+    lines = _rule("cxx", f"{cxx} -MD -MF $out.d {_shell(*COMMON, *HOST)} {end}")
     link = f"{cxx} -shared {'-Wl,-zdefs ' if whole else ''}$in {libraries} -o $out"
     if cuda:
         compiler = [word for word in tools.cxx if not word.startswith("-")][-1]  # after ccache
         nvcc = _shell(tools.nvcc, "-ccbin", shutil.which(compiler) or compiler)
         host = _shell(f"-Xcompiler={','.join(HOST)}", "--expt-relaxed-constexpr")
-        flags = f"{_shell(*COMMON, *_gencode(tools.archs))} {host} --threads {jobs}"
-        lines += _rule("nvcc", f"{nvcc} -MD -MF $out.d {flags} {end}", "$in")
+        flags = f"-MD -MF $out.d {_shell(*COMMON)} {host}"
+        device = f"{_shell(*_gencode(tools.archs))} --threads {jobs}"
+        lines += _rule("nvcc", f"{nvcc} {flags} {device} {end}")
+        lines += _rule("nvcc_host", f"{nvcc} {flags} {end}")
         link = f"{nvcc} -shared -cudart static {'-Xlinker -zdefs ' if whole else ''}"
         link += f"$in {libraries} -o $out"
-    lines += _rule("link", link, "$out", depfile=False)
+    lines += _rule("link", link, depfile=False)
     units = compilations(csrc, cuda)
     for unit in units:
         lines.append(f"build {_path(unit.object)}: {unit.rule} {_path(unit.source)}")
@@ -124,6 +126,8 @@ def compile_library(
         partial = output.with_name(f"{output.name}.{os.getpid()}")
         try:
             shutil.copyfile(objects / LIBRARY, partial)
+            with partial.open("rb+") as file:
+                os.fsync(file.fileno())  # whole on the disk before it has its name
             os.replace(partial, output)
         finally:
             partial.unlink(missing_ok=True)

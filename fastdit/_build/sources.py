@@ -11,7 +11,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parent.parent
 TORCH_ABI = "2.13"
 """The oldest torch whose stable ABI the library is built for; it loads in this and later ones."""
-SOURCES = ("*.cpp", "cpu/*.cpp", "cpu/isa/*.cpp", "cuda/*.cu")
+SOURCES = ("*.cpp", "cpu/*.cpp", "cpu/isa/*.cpp", "cuda/*.cu", "cuda/*.cpp")
 HEADERS = ("*.h", "*.cuh", "cpu/*.h", "cpu/isa/*.h", "cuda/*.h", "cuda/*.cuh")
 COMMON = ("-O3", "-std=c++20", "-DTORCH_TARGET_VERSION=0x020d000000000000")
 HOST = (
@@ -69,8 +69,9 @@ def compilations(csrc: Path, cuda: bool) -> list[Unit]:
     units = []
     for path in _files(csrc, SOURCES):
         name = "-".join(path.relative_to(csrc).parts)
-        if path.suffix == ".cu":
-            units += [Unit(path, "nvcc", f"{name}.o")] if cuda else []
+        if path.parent.name == "cuda":
+            rule = "nvcc" if path.suffix == ".cu" else "nvcc_host"
+            units += [Unit(path, rule, f"{name}.o")] if cuda else []
         elif path.parent.name != "isa":
             units.append(Unit(path, "cxx", f"{name}.o"))
     for isa, flags in ISAS.items():
