@@ -1,17 +1,16 @@
 // adaln and gated_adaln on the CPU: the ops around the kernels of isa/adaln.cpp.
-#include "adaln.h"
+#include "cpu/adaln.h"
 
 #include <string>
 #include <tuple>
 
-#include "parallel.h"
-#include "tensors.h"
+#include "cpu/parallel.h"
+#include "cpu/tensors.h"
 
 namespace fastdit {
 namespace {
 
 void run_rows(const Adaln& a, int64_t batch) {
-  if (a.width == 0) return;
   parallel_items(batch * a.tokens, a.width, [&](int64_t begin, int64_t end) {
     adaln_rows(a, begin, end, scratch_floats(kAdalnScratch * scratch_row(a.width)));
   });

@@ -1,7 +1,7 @@
 // The arguments of the adaln and gated_adaln kernels.
 #pragma once
 
-#include "isa.h"
+#include "cpu/isa.h"
 
 namespace fastdit {
 
@@ -19,7 +19,7 @@ struct Adaln {
   bool rms = false;
 };
 
-constexpr int64_t kAdalnScratch = 5;  // rows: mul, add, weight, bias, gate
+constexpr int64_t kAdalnScratch = 7;  // rows: mul, add, weight, bias, gate, two of y
 
 }  // namespace fastdit
 

@@ -1,5 +1,5 @@
 // The choice of instruction set, and the ops that tell and change it.
-#include "isa.h"
+#include "cpu/isa.h"
 
 #include <torch/csrc/stable/library.h>
 

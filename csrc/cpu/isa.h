@@ -5,7 +5,7 @@
 // function of the same name that calls the chosen one.
 #pragma once
 
-#include "types.h"
+#include "cpu/types.h"
 
 namespace fastdit {
 

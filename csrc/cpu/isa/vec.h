@@ -12,6 +12,8 @@
 
 #if defined(__F16C__) || defined(__AVX512F__)
 #include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 
 #ifndef FASTDIT_ISA
@@ -26,12 +28,17 @@
 #define FASTDIT_LANES 4
 #endif
 #endif
+#if (defined(__AVX512F__) && FASTDIT_LANES == 16) || (defined(__FMA__) && FASTDIT_LANES == 8) || \
+    (defined(__ARM_FEATURE_FMA) && FASTDIT_LANES == 4)
+#define FASTDIT_HAS_FMA
+#endif
 #define INLINE inline __attribute__((always_inline))
 // On the function around a kernel's loops: their bodies are lambdas, and a body left out of line
 // keeps its sums in memory.
 #define FLATTEN __attribute__((flatten))
+#define NOINLINE __attribute__((noinline))
 
-#include "../types.h"
+#include "cpu/types.h"
 
 namespace fastdit::FASTDIT_ISA {
 
@@ -45,6 +52,19 @@ typedef uint16_t Halves __attribute__((vector_size(2 * L)));
 INLINE Vec all(float value) { return Vec{} + value; }
 INLINE Vec max(Vec a, Vec b) { return a < b ? b : a; }  // a NaN in `a` stays
 INLINE Vec min(Vec a, Vec b) { return a > b ? b : a; }
+
+// a·b + c: in one rounding where the instruction set has it, in two elsewhere.
+INLINE Vec muladd(Vec a, Vec b, Vec c) {
+#if defined(__AVX512F__) && FASTDIT_LANES == 16
+  return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__) && FASTDIT_LANES == 8
+  return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__ARM_FEATURE_FMA) && FASTDIT_LANES == 4
+  return (Vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;
+#endif
+}
 
 // The part of a row that one vector covers: all of its lanes, or the first `lanes` of them.
 struct Full {
@@ -175,19 +195,18 @@ INLINE Vec covered(Vec value, Tail part) {
   return lane < part.lanes ? value : Vec{};
 }
 
-// body(d, part, slot) over a row of `width`, four vectors at a time: `slot`, 0 to 3, names the one
-// of four independent sums that hides the latency of an addition.
-template <class Body>
+// body(d, part, slot) over a row of `width`, `chains` vectors at a time: `slot` names the one of as
+// many independent sums that hide the latency of an addition.
+template <int chains = 4, class Body>
 INLINE void sweep(int64_t width, Body body) {
   int64_t d = 0;
-  for (; d + 4 * L <= width; d += 4 * L) {
-    body(d, Full{}, 0);
-    body(d + L, Full{}, 1);
-    body(d + 2 * L, Full{}, 2);
-    body(d + 3 * L, Full{}, 3);
+  for (; d + chains * L <= width; d += chains * L) {
+#pragma GCC unroll 4
+    for (int slot = 0; slot < chains; ++slot) body(d + slot * L, Full{}, slot);
   }
-  for (; d + L <= width; d += L) body(d, Full{}, 0);
-  if (d < width) body(d, Tail{int(width - d)}, 1);
+  if constexpr (chains > 1)
+    for (; d + L <= width; d += L) body(d, Full{}, 0);
+  if (d < width) body(d, Tail{int(width - d)}, 0);
 }
 
 // The sum of all lanes, halved again and again: the same order on every machine of one width.
@@ -213,5 +232,6 @@ INLINE float total(Vec v) {
 INLINE float total(const Vec (&sums)[4]) {
   return total((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
+INLINE float total(const Vec (&sums)[2]) { return total(sums[0] + sums[1]); }
 
 }  // namespace fastdit::FASTDIT_ISA
