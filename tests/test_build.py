@@ -28,6 +28,13 @@ def installed(tmp_path):
     return Installed(folder)
 
 
+@pytest.fixture
+def clean_environment(monkeypatch):
+    for name in ("CXX", "CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS"):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
 def test_this_process_loads_a_library_of_these_sources():
     path, info = native.load()
     assert info.source == _build.source_hash(_build.sources_folder())

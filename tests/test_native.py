@@ -193,6 +193,9 @@ def test_an_installed_library_is_used_and_a_cached_one_goes_before_it(installed)
     assert installed.run(code)[1].strip() == str(library)
     installed.run("from fastdit import native; native.build(False)")
     assert installed.run(code)[1].strip() == str(installed.libraries()[0])
+    (installed.csrc / "cpu" / "new.h").write_text("")
+    installed.environment["FASTDIT_BUILD"] = "0"
+    assert installed.run()[1] == "reference\n"
 
 
 def test_a_library_that_does_not_load_is_built_again(installed):
