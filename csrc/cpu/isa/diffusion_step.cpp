@@ -48,25 +48,34 @@ void finish(void* tensor, Storage storage, int64_t at, int count, const float* b
 
 // ---- the model's output --------------------------------------------------------------------------
 
-// Elements `first` on of a sample's output, in the image's order, gathered from token rows: row by
-// row of a channel's plane, and in a row token by token.
+// `count` neighbours of one row of pixels in one channel, the first of them number `inside` of its
+// token. Every patch_w-th of them is one token further on: patch_w loops without a branch.
+template <class T>
+void gather_row(const T* from, int64_t inside, int64_t patch_w, int64_t pixel, int64_t token,
+                int count, float* __restrict to) {
+  for (int64_t i = 0; i < patch_w && i < count; ++i) {
+    const int64_t place = inside + i, wraps = place / patch_w;
+    const T* start = from + i * pixel + wraps * (token - patch_w * pixel);
+    const int steps = int((count - i + patch_w - 1) / patch_w);
+    for (int step = 0; step < steps; ++step) {
+      to[i + step * patch_w] = to_float(start[step * token]);
+    }
+  }
+}
+
+// Elements `first` on of a sample's output, in the image's order, gathered from token rows.
 template <class T>
 void gather(const StepCall& call, const T* tokens, int64_t first, int count, float* __restrict to) {
-  const int64_t channels = call.output_channels, patch_w = call.patch_w;
-  const int64_t token = call.patch_h * patch_w * channels;
+  const int64_t pixel_size = call.output_channels;
+  const int64_t token_size = call.patch_h * call.patch_w * pixel_size;
   int64_t channel = first / call.plane, pixel = first - channel * call.plane;
   for (int done = 0; done < count;) {
-    const int64_t x = pixel % call.width;
+    const int64_t x = pixel % call.width, rest = call.width - x;
+    const int length = rest < count - done ? int(rest) : count - done;
     const T* from = tokens + TokenCursor(call, int32_t(pixel)).offset() + channel;
-    const int64_t rest = call.width - x;
-    const int end = rest < count - done ? done + int(rest) : count;
-    pixel += end - done;
-    for (int64_t inside = x % patch_w; done < end; inside = 0) {
-      for (; inside < patch_w && done < end; ++inside, from += channels) {
-        to[done++] = to_float(*from);
-      }
-      from += token - patch_w * channels;
-    }
+    gather_row(from, x % call.patch_w, call.patch_w, pixel_size, token_size, length, to + done);
+    done += length;
+    pixel += length;
     if (pixel == call.plane) pixel = 0, ++channel;
   }
 }
