@@ -8,13 +8,13 @@
 #include "cpu/tensors.h"
 
 namespace fastdit {
-namespace {
-
-void run_rows(const Adaln& a, int64_t batch) {
+void adaln_all(const Adaln& a, int64_t batch) {
   parallel_items(batch * a.tokens, a.width, [&](int64_t begin, int64_t end) {
     adaln_rows(a, begin, end, scratch_floats(kAdalnScratch * scratch_row(a.width)));
   });
 }
+
+namespace {
 
 // What both forwards share: everything but y, gate and h. `x` must have dense rows.
 struct Forward {
@@ -47,10 +47,10 @@ std::tuple<Tensor, Tensor, Tensor> adaln(const Tensor& x, const MaybeTensor& shi
                                          const MaybeTensor& scale, const MaybeTensor& weight,
                                          const MaybeTensor& bias, double eps,
                                          const std::string& norm, bool plus_one) {
-  STD_TORCH_CHECK(x.dim() == 3, "x: wrong shape");
+  check_norm(x, weight, bias, norm, eps);
   const Tensor dense = dense_rows(x);
   Forward f(dense, shift, scale, weight, bias, eps, norm, plus_one);
-  run_rows(f.a, x.size(0));
+  adaln_all(f.a, x.size(0));
   return {f.out, f.mean, f.rstd};
 }
 
@@ -58,7 +58,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_adaln(
     const Tensor& x, const Tensor& y, const Tensor& gate, const MaybeTensor& shift,
     const MaybeTensor& scale, const MaybeTensor& weight, const MaybeTensor& bias, double eps,
     const std::string& norm, bool plus_one) {
-  STD_TORCH_CHECK(x.dim() == 3, "x: wrong shape");
+  check_norm(x, weight, bias, norm, eps);
   check_shape(y, {x.size(0), x.size(1), x.size(2)}, "y");
   const Tensor dense = dense_rows(x), branch = dense_rows(y);
   Forward f(dense, shift, scale, weight, bias, eps, norm, plus_one);
@@ -66,7 +66,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_adaln(
   f.a.y = rows_of(branch, "y");
   f.a.gate = modulation_of(gate, x, "gate");
   f.a.h = h.data_ptr();
-  run_rows(f.a, x.size(0));
+  adaln_all(f.a, x.size(0));
   return {h, f.out, f.mean, f.rstd};
 }
 

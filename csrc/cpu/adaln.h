@@ -26,3 +26,10 @@ constexpr int64_t kAdalnScratch = 7;  // rows: mul, add, weight, bias, gate, two
 // Rows [begin, end) of the B·N rows.
 FASTDIT_KERNEL(adaln_rows, (const Adaln& a, int64_t begin, int64_t end, float* scratch),
                (a, begin, end, scratch))
+
+namespace fastdit {
+
+// All rows of `batch` samples, in parallel.
+void adaln_all(const Adaln& a, int64_t batch);
+
+}  // namespace fastdit

@@ -24,7 +24,7 @@ class Backward {
         rstd_(torch::stable::contiguous(rstd)), dx(dense_like(x)),
         dshift(gradient_of(m.shift, x)), dscale(gradient_of(m.scale, x)),
         dweight(gradient_of(m.weight, x)), dbias(gradient_of(m.bias, x)) {
-    STD_TORCH_CHECK(x.dim() == 3, "x: wrong shape");
+    check_norm(x, m.weight, m.bias, norm, 0);
     const int64_t batch = x.size(0), tokens = x.size(1), width = x.size(2);
     check_rows(dout, "dout");
     check_shape(rstd, {batch, tokens}, "rstd");

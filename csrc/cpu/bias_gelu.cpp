@@ -6,6 +6,16 @@
 #include "cpu/sums.h"
 
 namespace fastdit {
+
+// GELU's exponential makes an element worth eight of the other ops'.
+constexpr int64_t kWork = 8;
+
+void bias_gelu_all(const BiasGelu& a, int64_t rows) {
+  parallel_items(rows, kWork * a.width, [&](int64_t begin, int64_t end) {
+    bias_gelu_rows(a, begin, end, scratch_floats(scratch_row(a.width)));
+  });
+}
+
 namespace {
 
 struct Call {
@@ -25,15 +35,10 @@ struct Call {
   }
 };
 
-// GELU's exponential makes an element worth eight of the other ops'.
-constexpr int64_t kWork = 8;
-
 Tensor bias_gelu(const Tensor& x, const Tensor& bias) {
   Tensor out = dense_like(x);
   Call call(x, bias, out);
-  parallel_items(call.rows, kWork * call.a.width, [&](int64_t begin, int64_t end) {
-    bias_gelu_rows(call.a, begin, end, scratch_floats(scratch_row(call.a.width)));
-  });
+  bias_gelu_all(call.a, call.rows);
   return out;
 }
 

@@ -23,3 +23,10 @@ FASTDIT_KERNEL(bias_gelu_rows, (const BiasGelu& a, int64_t begin, int64_t end, f
 FASTDIT_KERNEL(bias_gelu_backward_rows,
                (const BiasGelu& a, int64_t begin, int64_t end, float* sums, float* scratch),
                (a, begin, end, sums, scratch))
+
+namespace fastdit {
+
+// The forward of `rows` rows, in parallel.
+void bias_gelu_all(const BiasGelu& a, int64_t rows);
+
+}  // namespace fastdit

@@ -8,6 +8,20 @@
 namespace fastdit {
 namespace {
 
+float* scratch_of(const GatedResidual& a) {
+  return scratch_floats(kResidualScratch * scratch_row(a.width));
+}
+
+}  // namespace
+
+void gated_residual_all(const GatedResidual& a, int64_t batch) {
+  parallel_items(batch * a.tokens, a.width, [&](int64_t begin, int64_t end) {
+    gated_residual_rows(a, begin, end, scratch_of(a));
+  });
+}
+
+namespace {
+
 // The rows of `x` and `y` with a dense last axis, and the kernel's arguments for them.
 struct Call {
   Tensor x, y;
@@ -23,15 +37,12 @@ struct Call {
     a.out = out.data_ptr();
     a.tokens = x.size(1), a.width = x.size(2);
   }
-  float* scratch() const { return scratch_floats(3 * scratch_row(a.width)); }
 };
 
 Tensor gated_residual(const Tensor& x, const Tensor& y, const Tensor& gate) {
   Tensor out = dense_like(x);
   const Call call(x, y, gate, out);
-  parallel_items(x.size(0) * call.a.tokens, call.a.width, [&](int64_t begin, int64_t end) {
-    gated_residual_rows(call.a, begin, end, call.scratch());
-  });
+  gated_residual_all(call.a, x.size(0));
   return out;
 }
 
@@ -44,7 +55,7 @@ std::tuple<Tensor, Tensor> gated_residual_backward(const Tensor& dout, const Ten
   const int64_t batch = y.size(0), width = call.a.width;
   ChunkedSums sums(batch, call.a.tokens, width, per_token ? 0 : 1);
   sums.run([&](int64_t begin, int64_t end, float* rows) {
-    gated_residual_backward_rows(call.a, begin, end, rows, call.scratch());
+    gated_residual_backward_rows(call.a, begin, end, rows, scratch_of(call.a));
   });
   for (int64_t b = 0; b < batch && !per_token; ++b)
     store_floats(sums.total(b, 0), width, dgate.data_ptr(), b, call.a.gate.type);

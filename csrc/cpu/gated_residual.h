@@ -17,7 +17,7 @@ struct GatedResidual {
 
 }  // namespace fastdit
 
-// Rows [begin, end) of the B·N rows; `scratch` is three rows of floats.
+// Rows [begin, end) of the B·N rows.
 FASTDIT_KERNEL(gated_residual_rows,
                (const GatedResidual& a, int64_t begin, int64_t end, float* scratch),
                (a, begin, end, scratch))
@@ -25,3 +25,12 @@ FASTDIT_KERNEL(gated_residual_rows,
 FASTDIT_KERNEL(gated_residual_backward_rows,
                (const GatedResidual& a, int64_t begin, int64_t end, float* sums, float* scratch),
                (a, begin, end, sums, scratch))
+
+namespace fastdit {
+
+constexpr int64_t kResidualScratch = 3;  // rows
+
+// The forward of `batch` samples, in parallel.
+void gated_residual_all(const GatedResidual& a, int64_t batch);
+
+}  // namespace fastdit

@@ -9,6 +9,7 @@
 
 #include <initializer_list>
 #include <optional>
+#include <string>
 
 #include "cpu/types.h"
 
@@ -72,6 +73,17 @@ inline Modulation modulation_of(const MaybeTensor& t, const Tensor& like, const 
   }
   check_shape(*t, {shape[0], shape[1], shape[2]}, name);
   return {t->data_ptr(), type_of(*t, name), t->stride(0), t->stride(1), t->stride(2)};
+}
+
+// What the ops that normalise `x` allow of their options, as fastdit/ops/_checks.py does.
+inline void check_norm(const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias,
+                       const std::string& norm, double eps) {
+  STD_TORCH_CHECK(x.dim() == 3, "x: wrong shape");
+  STD_TORCH_CHECK(norm == "layer" || norm == "rms", "norm: got ", norm);
+  STD_TORCH_CHECK(eps >= 0, "eps: must not be negative");
+  STD_TORCH_CHECK(!bias || (weight && norm == "layer"), "bias: needs weight and norm='layer'");
+  for (const MaybeTensor* t : {&weight, &bias})
+    STD_TORCH_CHECK(!*t || (*t)->scalar_type() == x.scalar_type(), "weight, bias: wrong dtype");
 }
 
 // A parameter (D,).

@@ -109,6 +109,9 @@ def adaln(
 
     Source: Peebles & Xie 2022, adaLN; the published code's `modulate(norm(x), shift, scale)`.
     """
+    out = _adaln.unchecked(x, shift, scale, weight, bias, eps, norm, plus_one)
+    if out is not None:
+        return out
     return _adaln(
         *_arguments(x, shift, scale, eps, weight=weight, bias=bias, norm=norm, plus_one=plus_one)
     )

@@ -66,4 +66,7 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
 
     Source: Hendrycks & Gimpel 2016; `nn.GELU(approximate="tanh")` of the published MLP.
     """
+    out = _bias_gelu.unchecked(x, bias)
+    if out is not None:
+        return out
     return _bias_gelu(*_arguments(x, bias))

@@ -108,6 +108,9 @@ def gated_adaln(
 
     Source: Peebles & Xie 2022, adaLN-Zero.
     """
+    results = _gated_adaln.unchecked(x, y, gate, shift, scale, weight, bias, eps, norm, plus_one)
+    if results is not None:
+        return results
     return _gated_adaln(
         *_arguments(
             x, y, gate, shift, scale, eps, weight=weight, bias=bias, norm=norm, plus_one=plus_one

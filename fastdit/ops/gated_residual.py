@@ -75,4 +75,7 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
 
     Source: Peebles & Xie 2022, adaLN-Zero.
     """
+    out = _gated_residual.unchecked(x, y, gate)
+    if out is not None:
+        return out
     return _gated_residual(*_arguments(x, y, gate))

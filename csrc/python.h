@@ -1,0 +1,62 @@
+// The part of Python's stable ABI that direct calls need, looked up in the running process: the
+// library is built without Python's headers, runs under every Python, and loads without any.
+#pragma once
+
+#include <dlfcn.h>
+
+struct PyObject;
+
+namespace fastdit {
+
+struct PythonMethod {  // PyMethodDef
+  const char* name;
+  PyObject* (*function)(PyObject* self, PyObject* const* arguments, long count);
+  int flags;
+  const char* documentation;
+};
+constexpr int kFastCall = 0x80;  // METH_FASTCALL
+
+struct Python {
+  PyObject* (*PyCFunction_NewEx)(PythonMethod*, PyObject* self, PyObject* module);
+  void* (*PyCapsule_GetPointer)(PyObject*, const char* name);
+  PyObject* (*PyObject_CallFunctionObjArgs)(PyObject* callable, ...);
+  PyObject* (*PyObject_CallMethodObjArgs)(PyObject* object, PyObject* name, ...);
+  PyObject* (*PyObject_GetAttr)(PyObject* object, PyObject* name);
+  PyObject* (*PyObject_Type)(PyObject*);
+  PyObject* (*PyTuple_GetItem)(PyObject*, long);
+  PyObject* (*PyTuple_Pack)(long count, ...);
+  long (*PyTuple_Size)(PyObject*);
+  double (*PyFloat_AsDouble)(PyObject*);
+  PyObject* (*PyErr_Occurred)();
+  void (*PyErr_Clear)();
+  void (*Py_IncRef)(PyObject*);
+  void (*Py_DecRef)(PyObject*);
+  void* (*PyEval_SaveThread)();
+  void (*PyEval_RestoreThread)(void*);
+
+  // False where this process has no Python, or hides it.
+  bool find() {
+    return look_up(PyCFunction_NewEx, "PyCFunction_NewEx") &&
+           look_up(PyCapsule_GetPointer, "PyCapsule_GetPointer") &&
+           look_up(PyObject_CallFunctionObjArgs, "PyObject_CallFunctionObjArgs") &&
+           look_up(PyObject_CallMethodObjArgs, "PyObject_CallMethodObjArgs") &&
+           look_up(PyObject_GetAttr, "PyObject_GetAttr") &&
+           look_up(PyObject_Type, "PyObject_Type") &&
+           look_up(PyTuple_GetItem, "PyTuple_GetItem") && look_up(PyTuple_Pack, "PyTuple_Pack") &&
+           look_up(PyTuple_Size, "PyTuple_Size") &&
+           look_up(PyFloat_AsDouble, "PyFloat_AsDouble") &&
+           look_up(PyErr_Occurred, "PyErr_Occurred") && look_up(PyErr_Clear, "PyErr_Clear") &&
+           look_up(Py_IncRef, "Py_IncRef") && look_up(Py_DecRef, "Py_DecRef") &&
+           look_up(PyEval_SaveThread, "PyEval_SaveThread") &&
+           look_up(PyEval_RestoreThread, "PyEval_RestoreThread");
+  }
+
+ private:
+  template <class Function>
+  static bool look_up(Function& function, const char* name) {
+    function = reinterpret_cast<Function>(dlsym(RTLD_DEFAULT, name));
+    return function != nullptr;
+  }
+};
+
+}  // namespace fastdit

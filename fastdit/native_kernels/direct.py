@@ -1,0 +1,52 @@
+"""Direct calls into the compiled library, past PyTorch's dispatcher: csrc/cpu/direct.cpp.
+
+A direct call takes the schema arguments of one op, unchecked, and returns what the public function
+returns, or None where the ordinary call has to decide.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+
+@functools.cache
+def _constants() -> tuple[Any, ...]:
+    """The `Constants` of csrc/cpu/direct.cpp, in its order."""
+    watching = (
+        (torch._C._len_torch_dispatch_stack, 0),
+        (torch._C._len_torch_function_stack, 0),
+        (torch._C._functorch.peek_interpreter_stack, None),
+        (torch._C._get_tracing_state, None),
+        (torch.autograd._profiler_enabled, False),
+    )
+    return (
+        *(None, True, False, "layer", "rms"),
+        *(torch.Tensor, torch.nn.Parameter, torch.empty_like),
+        *("requires_grad", "is_neg"),
+        *(forward_ad, "_current_level", -1),
+        watching,
+    )
+
+
+def direct_call(library: str, name: str) -> Callable[..., Any] | None:
+    """The direct call of an op, or None where this PyTorch or this Python does not allow one."""
+    capsule = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    if capsule is None:
+        return None
+    try:
+        constants = _constants()
+    except AttributeError:  # another PyTorch: one of its private functions is gone
+        return None
+    make = ctypes.PyDLL(library).fastdit_direct_call
+    make.argtypes = (ctypes.c_char_p, ctypes.py_object, ctypes.py_object)
+    make.restype = ctypes.py_object
+    try:
+        return make(name.encode(), constants, capsule)
+    except ValueError:  # a null pointer: no Python to be found
+        return None

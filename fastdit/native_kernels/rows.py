@@ -1,0 +1,52 @@
+"""The row-wise ops of the compiled library, on CPUs: csrc/cpu/.
+
+adaln, gated_adaln, gated_residual and bias_gelu and their backward. They take float32, bfloat16 and
+float16 in any mixture that the ops allow, any width and any strides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdit import backends, native
+from fastdit.native_kernels import direct
+from fastdit.ops import _library
+
+NAMES = ("adaln", "gated_adaln", "gated_residual", "bias_gelu")
+STORED = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def unsupported(*args) -> str | None:
+    """Why the kernels cannot run these arguments: a tensor of a dtype that they would round."""
+    for value in args:
+        if isinstance(value, Tensor) and value.dtype not in STORED:
+            return f"a tensor is {value.dtype}; the kernel computes in float32"
+    return None
+
+
+def kernel(name: str, run: Callable[..., Any] | None = None, **options) -> backends.Kernel:
+    """The library's op `name`, or `run` around it, as a kernel on CPUs.
+
+    The op has the schema of `torch.ops.fastdit`'s, and its fake.
+    """
+    torch.library.register_fake(f"fastdit_native::{name}", _library.FAKES[name])
+    op = getattr(torch.ops.fastdit_native, name).default
+    return backends.Kernel(name, "cpu", "csrc", run or op, unsupported, **options)
+
+
+def _direct_calls() -> dict[str, Callable[..., Any] | None]:
+    library = str(native.load()[0])
+    return {name: direct.direct_call(library, name) for name in NAMES}
+
+
+KERNELS = (
+    *(
+        kernel(name, checks_arguments=True, direct=direct_call)
+        for name, direct_call in _direct_calls().items()
+    ),
+    *(kernel(f"{name}_backward") for name in NAMES),
+)
