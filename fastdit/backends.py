@@ -79,7 +79,6 @@ class _Setting:
 
 _setting = _Setting()
 _kernels: dict[tuple[str, str], list[Kernel]] = {}
-_direct: dict[str, Callable[..., Any] | None] = {}
 _missing: list[str] = []
 _loaded: set[str] = set()
 _loading = threading.RLock()
@@ -119,22 +118,17 @@ def _none_registered() -> str:
 def register(kernel: Kernel) -> None:
     """Add `kernel` behind those registered for its op and device: the fastest goes first."""
     _kernels.setdefault((kernel.op, kernel.device), []).append(kernel)
-    _remember_direct(kernel.op)
 
 
 def unregister(kernel: Kernel) -> None:
     """Take `kernel` out again."""
     _kernels[kernel.op, kernel.device].remove(kernel)
-    _remember_direct(kernel.op)
-
-
-def _remember_direct(op: str) -> None:
-    _direct[op] = next((kernel.direct for kernel in _kernels.get((op, "cpu"), ())), None)
 
 
 def direct(op: str) -> Callable[..., Any] | None:
     """The direct call of `op`'s first kernel on CPUs, where it has one and may run."""
-    return None if _setting.requested == "reference" else _direct.get(op)
+    kernels = _kernels.get((op, "cpu"))
+    return kernels[0].direct if kernels and _setting.requested != "reference" else None
 
 
 @contextlib.contextmanager

@@ -141,7 +141,10 @@ class Op:
             return results
         if not isinstance(args[0], Tensor) or _differentiates(args) or _transformed():
             return None
-        device = args[0].device.type
+        device = args[0].device
+        if any(isinstance(a, Tensor) and a.device != device for a in args):
+            return None
+        device = device.type
         kernel = backends.select(self.name, device, args)
         if kernel is None or not kernel.checks_arguments:
             return None

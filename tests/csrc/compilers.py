@@ -35,8 +35,8 @@ def _run(command: list[str]) -> str:
 
 
 @functools.cache
-def run_host(source: str, *flags: str) -> str:
-    """Compile one of this folder's sources, run it, and return what it printed."""
+def compile_host(source: str, *flags: str) -> Path:
+    """One of this folder's sources as a program."""
     try:
         compiler = toolchain.find_cxx()
     except BuildError as error:
@@ -45,7 +45,13 @@ def run_host(source: str, *flags: str) -> str:
     program = _output(source, *flags, "run")
     includes = [f"-I{CSRC}", f"-I{HERE}", "-isystem", str(torch_headers)]
     _run([*compiler, *_HOST, *flags, *includes, str(HERE / source), "-o", str(program)])
-    return _run([str(program)])
+    return program
+
+
+@functools.cache
+def run_host(source: str, *flags: str) -> str:
+    """Compile one of this folder's sources, run it, and return what it printed."""
+    return _run([str(compile_host(source, *flags))])
 
 
 @functools.cache

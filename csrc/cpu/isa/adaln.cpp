@@ -54,6 +54,7 @@ INLINE Moments moments(const Adaln& a, const X* x, double sum, double squares) {
 // R rows of one sample before their statistics: x as it is.
 template <class X, int R>
 struct Plain {
+  static constexpr int chains = 4;
   const X* x[R];
 
   template <class Part>
@@ -66,6 +67,7 @@ struct Plain {
 // h = x + gate·y, stored on the way; the statistics are those of h as it is stored.
 template <class X, class Y, int R>
 struct Gated {
+  static constexpr int chains = 2;
   const float* gate;
   const X* x[R];
   const Y* y[R];
@@ -82,10 +84,11 @@ struct Gated {
   INLINE const X* row(int r) const { return h[r]; }
 };
 
-// Sums over R rows at once, in 4 / R independent chains for each.
-template <int R>
+// Sums over R rows at once, each in independent chains: as many for one row as for two, so that a
+// row's bits do not depend on where a block begins.
+template <class Head, int R>
 struct Sums {
-  static constexpr int chains = 4 / R;
+  static constexpr int chains = Head::chains;
   Vec values[R][chains] = {}, squares[R][chains] = {};
 
   INLINE void add(const Vec (&v)[R], int slot) {
@@ -97,9 +100,9 @@ struct Sums {
 };
 
 template <int R, class Head>
-INLINE Sums<R> sums_of(const Head& head, int64_t width) {
-  Sums<R> sums;
-  sweep<Sums<R>::chains>(width, [&](int64_t d, auto part, int slot) {
+INLINE Sums<Head, R> sums_of(const Head& head, int64_t width) {
+  Sums<Head, R> sums;
+  sweep<Head::chains>(width, [&](int64_t d, auto part, int slot) {
     Vec v[R];
     head.at(d, part, v);
     sums.add(v, slot);
@@ -107,12 +110,12 @@ INLINE Sums<R> sums_of(const Head& head, int64_t width) {
   return sums;
 }
 
-struct None {};
+struct NoNext {};
 
 // Writes R rows, and sums the next R where there are as many.
 template <int R, class X, class Head, class Next>
-INLINE Sums<R> normalise(const Adaln& a, int64_t row, const Head& head, const Sums<R>& sums,
-                         Affine affine, const Next& next) {
+INLINE Sums<Head, R> normalise(const Adaln& a, int64_t row, const Head& head,
+                               const Sums<Head, R>& sums, Affine affine, const Next& next) {
   Vec centre[R], rstd[R], offset[R];
   X* out[R];
   for (int r = 0; r < R; ++r) {
@@ -122,14 +125,14 @@ INLINE Sums<R> normalise(const Adaln& a, int64_t row, const Head& head, const Su
     if (a.mean) a.mean[row + r] = m.mean;
     if (a.rstd) a.rstd[row + r] = m.rstd;
   }
-  Sums<R> following;
-  sweep<Sums<R>::chains>(a.width, [&](int64_t d, auto part, int slot) {
+  Sums<Head, R> following;
+  sweep<Head::chains>(a.width, [&](int64_t d, auto part, int slot) {
     const Vec mul = load(affine.mul + d, part), add = load(affine.add + d, part);
     for (int r = 0; r < R; ++r) {
       const Vec unit = muladd(load(head.row(r) + d, part) - centre[r], rstd[r], offset[r]);
       store(out[r] + d, muladd(unit, mul, add), part);
     }
-    if constexpr (!__is_same(Next, None)) {
+    if constexpr (!__is_same(Next, NoNext)) {
       Vec v[R];
       next.at(d, part, v);
       following.add(v, slot);
@@ -150,25 +153,25 @@ INLINE void sample_rows(const Adaln& a, int64_t begin, int64_t end, float* scrat
     fold(a, b, 0, affine, scratch + 2 * stride);
     if (row + R <= end) {
       auto head = heads.template at<R>(b, row);
-      Sums<R> sums = sums_of<R>(head, a.width);
+      auto sums = sums_of<R>(head, a.width);
       for (; row + 2 * R <= end; row += R) {
         const auto next = heads.template at<R>(b, row + R);
         sums = normalise<R, X>(a, row, head, sums, affine, next);
         head = next;
       }
-      normalise<R, X>(a, row, head, sums, affine, None{});
+      normalise<R, X>(a, row, head, sums, affine, NoNext{});
       row += R;
     }
   }
   for (; row < end; ++row) {
     if (per_token) fold(a, b, row - b * a.tokens, affine, scratch + 2 * stride);
     const auto head = heads.template at<1>(b, row);
-    normalise<1, X>(a, row, head, sums_of<1>(head, a.width), affine, None{});
+    normalise<1, X>(a, row, head, sums_of<1>(head, a.width), affine, NoNext{});
   }
 }
 
 template <class X, class Heads>
-FLATTEN void rows(const Adaln& a, int64_t begin, int64_t end, float* scratch, Heads heads) {
+FLATTEN void forward_rows(const Adaln& a, int64_t begin, int64_t end, float* scratch, Heads heads) {
   while (begin < end) {
     const int64_t sample_end = (begin / a.tokens + 1) * a.tokens;
     const int64_t stop = sample_end < end ? sample_end : end;
@@ -224,11 +227,11 @@ void adaln_rows(const Adaln& a, int64_t begin, int64_t end, float* scratch) {
   with_type(a.x.type, [&](auto x) {
     using X = decltype(x);
     float* buffer = scratch + 4 * scratch_row(a.width);
-    if (!a.gate) return rows<X>(a, begin, end, scratch, PlainHeads<X>{a});
+    if (!a.gate) return forward_rows<X>(a, begin, end, scratch, PlainHeads<X>{a});
     float* branch = buffer + scratch_row(a.width);
     if (a.y.type == a.x.type)
-      return rows<X>(a, begin, end, scratch, GatedHeads<X, X>{a, buffer, branch});
-    rows<X>(a, begin, end, scratch, GatedHeads<X, float>{a, buffer, branch});
+      return forward_rows<X>(a, begin, end, scratch, GatedHeads<X, X>{a, buffer, branch});
+    forward_rows<X>(a, begin, end, scratch, GatedHeads<X, float>{a, buffer, branch});
   });
 }
 

@@ -14,13 +14,13 @@
 namespace fastdit::FASTDIT_ISA {
 namespace {
 
-struct None {};
+struct NoGate {};
 template <int R>
 struct Count {
   static constexpr int rows = R;
 };
 
-// The gated part of a block of rows of one sample; Y is None without a gate. Y is how y is read and
+// The gated part of a block of rows of one sample; Y is NoGate without a gate. Y is how y is read and
 // dy written: as they are stored, which is as X, or as floats that are converted before and after.
 template <class Y, int R>
 struct Branch {
@@ -33,7 +33,7 @@ struct Branch {
 template <class X, class Y, int R>
 INLINE void block(const AdalnBackward& a, int64_t row, const float* mul, const AdalnSums& sums,
                   const Branch<Y, R>& branch) {
-  constexpr bool gated = !__is_same(Y, None);
+  constexpr bool gated = !__is_same(Y, NoGate);
   constexpr int chains = 4 / R;
   const int64_t b = row / a.tokens, n = row - b * a.tokens;
   const X *x[R], *dout[R], *dh[R];
@@ -128,9 +128,9 @@ NOINLINE void token_gradients(const AdalnBackward& a, int64_t row, const AdalnSu
 }
 
 template <class X, class Y>
-FLATTEN void rows(const AdalnBackward& a, int64_t begin, int64_t end, const AdalnSums& sums,
+FLATTEN void backward_rows(const AdalnBackward& a, int64_t begin, int64_t end, const AdalnSums& sums,
                   float* scratch) {
-  constexpr bool gated = !__is_same(Y, None);
+  constexpr bool gated = !__is_same(Y, NoGate);
   const int64_t stride = scratch_row(a.width), b = begin / a.tokens;
   const Affine affine{scratch, scratch + stride};
   float *spare = scratch + 2 * stride, *buffer = spare + 5 * stride, *line = buffer + stride;
@@ -140,7 +140,7 @@ FLATTEN void rows(const AdalnBackward& a, int64_t begin, int64_t end, const Adal
     if constexpr (gated)
       gated_block<X, Y, R>(a, row, affine.mul, sums, gate, gate_sums, spare);
     else
-      block<X, None, R>(a, row, affine.mul, sums, {});
+      block<X, NoGate, R>(a, row, affine.mul, sums, {});
   };
   int64_t row = begin;
   if (!a.scale.token && !a.shift.token && !a.gate.token) {
@@ -166,9 +166,9 @@ void adaln_backward_rows(const AdalnBackward& a, int64_t begin, int64_t end, con
                          float* scratch) {
   with_type(a.x.type, [&](auto x) {
     using X = decltype(x);
-    if (!a.gate) return rows<X, None>(a, begin, end, sums, scratch);
-    if (a.y.type == a.x.type) return rows<X, X>(a, begin, end, sums, scratch);
-    rows<X, float>(a, begin, end, sums, scratch);
+    if (!a.gate) return backward_rows<X, NoGate>(a, begin, end, sums, scratch);
+    if (a.y.type == a.x.type) return backward_rows<X, X>(a, begin, end, sums, scratch);
+    backward_rows<X, float>(a, begin, end, sums, scratch);
   });
 }
 

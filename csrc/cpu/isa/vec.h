@@ -32,10 +32,15 @@
     (defined(__ARM_FEATURE_FMA) && FASTDIT_LANES == 4)
 #define FASTDIT_HAS_FMA
 #endif
+// On the function around a kernel's loops FLATTEN: their bodies are lambdas, and a body left out of
+// line keeps its sums in memory. Under a sanitizer that would take a minute to compile.
+#ifdef __SANITIZE_ADDRESS__
+#define INLINE inline
+#define FLATTEN
+#else
 #define INLINE inline __attribute__((always_inline))
-// On the function around a kernel's loops: their bodies are lambdas, and a body left out of line
-// keeps its sums in memory.
 #define FLATTEN __attribute__((flatten))
+#endif
 #define NOINLINE __attribute__((noinline))
 
 #include "cpu/types.h"
