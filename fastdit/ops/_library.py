@@ -162,9 +162,13 @@ class Op:
     def __call__(self, *args: Any) -> Any:
         device = args[0].device.type
         chosen = backends.select(self.name, device, args)
-        if chosen is None or (_transformed() and backends.current_backend() == "auto"):
+        if chosen is None:
             return self.reference(*args)
-        if torch.compiler.is_compiling() or _differentiates(args):
+        if torch.compiler.is_compiling():
+            return self._returned(self.overload(*args))
+        if _transformed() and backends.current_backend() == "auto":
+            return self.reference(*args)
+        if _differentiates(args):
             return self._returned(self.overload(*args))
         # Without the dispatcher and autograd, which would cost more than a small kernel.
         return self._returned(_without_autocast(chosen.run, device, args))
