@@ -31,8 +31,16 @@ def _without_autocast(run: Callable[..., Any], device: str, args: tuple[Any, ...
     return run(*args)
 
 
-def _differentiates(args: tuple[Any, ...]) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+def _needs_dispatcher(args: tuple[Any, ...]) -> bool:
+    """Whether the call is traced, faked, watched by a mode or differentiated."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or type(args[0]) not in (Tensor, torch.nn.Parameter)
+        or (
+            torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+        )
+    )
 
 
 def define(
@@ -122,7 +130,7 @@ class Op:
         the kernel refuses: the caller then checks the arguments, which tells what is wrong. The
         checks in Python cost more than a small kernel (diffusion_step at 1×4×32×32: 3.5 of 15 µs).
         """
-        if torch.compiler.is_compiling() or _differentiates(args):
+        if _needs_dispatcher(args):
             return None
         device = args[0].device.type
         kernel = backends.select(self.name, device, args)
@@ -138,7 +146,7 @@ class Op:
         chosen = backends.select(self.name, device, args)
         if chosen is None:
             return self.reference(*args)
-        if torch.compiler.is_compiling() or _differentiates(args):
+        if _needs_dispatcher(args):
             results = self.overload(*args)
         else:  # without the dispatcher and autograd, which would cost more than a small kernel
             results = _without_autocast(chosen.run, device, args)
