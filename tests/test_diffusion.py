@@ -10,6 +10,7 @@ import pytest
 import torch
 from plain_diffusion import toy
 
+from fastdit import backends
 from fastdit.diffusion import (
     LossType,
     ModelMeanType,
@@ -50,6 +51,14 @@ class Oracle:
         return lambda _x: next(noise)
 
 
+@pytest.fixture(params=["reference", "native"])
+def backend(request):
+    if request.param == "native" and not backends.kernels_for("diffusion_step", "cpu"):
+        pytest.skip("no kernel of diffusion_step is registered for CPUs")
+    with backends.backend(request.param):
+        yield
+
+
 @pytest.fixture(params=FILES)
 def oracle(request) -> Oracle:
     return Oracle(request.param)
@@ -62,7 +71,7 @@ def test_schedule_is_exactly_the_published_one(oracle):
 
 
 @pytest.mark.parametrize("clip", [False, True])
-def test_every_vector_of_a_single_step(oracle, clip):
+def test_every_vector_of_a_single_step(oracle, clip, backend):
     """All entries ending in `_clip`, or all without it: none may be left over."""
     diffusion, model, x, t, noise = (
         oracle.diffusion,
@@ -93,7 +102,7 @@ def test_every_vector_of_a_single_step(oracle, clip):
     assert set(oracle.want) <= inputs
 
 
-def test_every_vector_of_training(oracle):
+def test_every_vector_of_training(oracle, backend):
     oracle.check("q_sample", oracle.diffusion.q_sample(oracle.x_start, oracle.t, oracle.noise))
     losses = oracle.diffusion.training_losses(
         oracle.model, oracle.x_start, oracle.t, noise=oracle.noise
@@ -103,7 +112,7 @@ def test_every_vector_of_training(oracle):
         oracle.check(f"loss_{name}", loss)
 
 
-def test_every_vector_of_a_loop():
+def test_every_vector_of_a_loop(backend):
     oracle = Oracle(LOOPS)
     diffusion, model, x = oracle.diffusion, oracle.model, oracle.x
     given = {"noise": x, "clip_denoised": False}
