@@ -97,7 +97,7 @@ CASES = [
     Case("per sample"),
     Case("per token", gate="token", shift="token", scale="token"),
     Case("padded", width=37),
-    Case("split and padded", width=300),
+    Case("split and padded", width=600),
     Case("one column", width=1, tokens=1),
     Case("large mean", mean=100.0),
     Case("bare", shift=None, scale=None),
