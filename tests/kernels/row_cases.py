@@ -95,15 +95,15 @@ class Case:
 
 CASES = [
     Case("per sample"),
-    Case("per token", gate="token", shift="token", scale="token"),
+    Case("per token", width=264, gate="token", shift="token", scale="token"),
     Case("padded", width=37),
     Case("split and padded", width=600),
     Case("one column", width=1, tokens=1),
     Case("large mean", mean=100.0),
     Case("bare", shift=None, scale=None),
     Case("shift alone, by columns", scale=None, layout="columns"),
-    Case("scale per token, shift per sample", scale="token", affine="weight, bias"),
-    Case("affine", affine="weight, bias", plus_one=False),
+    Case("scale per token, shift per sample", width=264, scale="token", affine="weight, bias"),
+    Case("affine", width=264, affine="weight, bias", plus_one=False),
     Case("affine, unmodulated", affine="weight, bias", shift=None, scale=None),
     Case("rms", norm="rms", affine="weight", shift=None),
     Case("rms per token", gate="token", shift="token", scale="token", norm="rms", layout="columns"),
