@@ -44,9 +44,9 @@ CASES = [
     Case(72, 3, 1, BF16, batch=3),
     Case(64, 2, 1, FP32),
     # QK-norm and RoPE.
-    Case(72, 2, 50, BF16, batch=2, qk_norm="layer", affine=True, rope="adjacent"),
+    Case(72, 1, 37, BF16, batch=2, qk_norm="layer", affine=True, rope="adjacent"),
     Case(64, 2, 70, FP16, qk_norm="rms", affine=True, strided=True),
-    Case(40, 2, 50, FP32, batch=2, qk_norm="layer", affine=True, rope="per sample"),
+    Case(40, 2, 25, FP32, batch=2, qk_norm="layer", affine=True, rope="per sample"),
     Case(72, 1, 67, BF16, qk_norm="rms", affine=True, rope="halves", batch=2),
     Case(24, 2, 37, FP16, rope="halves", strided=True),
     Case(16, 2, 33, FP32, qk_norm="layer"),
