@@ -65,6 +65,9 @@ def test_strided_inputs():
         image, (launch,) = run(kernels.unpatchify, tokens, patch, grid, channels)
         assert torch.equal(image, reference.unpatchify(tokens, patch, grid, channels))
         assert (launch.arguments["tokens_ptr"].data_ptr() != tokens.data_ptr()) == copied
+    whole = seeded(2, 12, 20, seed=2)[:, :, :16]  # rows of whole patches, with gaps between
+    image, _ = run(kernels.unpatchify, whole, patch, grid, 4)
+    assert torch.equal(image, reference.unpatchify(whole, patch, grid, 4))
     dimage = seeded(2, 6, 12, 16, seed=1)[:, ::2, ::2, 8:]
     back, (launch,) = run(kernels.unpatchify_backward, dimage, patch, grid, channels)
     assert torch.equal(back, reference.unpatchify_backward(dimage, patch, grid, channels))
