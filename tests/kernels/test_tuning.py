@@ -28,11 +28,14 @@ SLOW, FAST, BROKEN = Row(64), Row(128), Row(1 << 20)
 class Timed:
     """Counts what is timed; 128 is the fastest, and 2^20 does not fit."""
 
+    last: Row | None = None
+
     def __init__(self) -> None:
         self.ran: list[Row] = []
 
     def __call__(self, row: Row) -> None:
         self.ran.append(row)
+        Timed.last = row
         if row == BROKEN:
             raise triton.runtime.errors.OutOfResources(1 << 20, 1 << 16, "shared memory")
 
@@ -45,10 +48,8 @@ def a_gpu(monkeypatch, tmp_path, name="NVIDIA H100 80GB HBM3"):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
 
     def benchmark(function):
-        row = function.__closure__ and [c.cell_contents for c in function.__closure__]
         function()
-        found = next(cell for cell in row if isinstance(cell, Row | bias_gelu.Tile))
-        return 1.0 if getattr(found, "block", 0) == 128 else 2.0
+        return 1.0 if Timed.last == FAST else 2.0
 
     monkeypatch.setattr(tuning, "benchmark", benchmark)
     monkeypatch.setitem(tuning._state, "enabled", True)
@@ -217,14 +218,13 @@ def test_enable_and_disable(gpu):
     assert choose(Timed()) == FAST
 
 
-def test_every_candidate_of_a_launcher_computes_the_same(gpu, monkeypatch):
+def test_every_candidate_of_a_launcher_computes_the_same(gpu):
     """bias_gelu's launchers hand over runs that work, and use what was chosen."""
     x, bias, dout = seeded(40, 96, seed=0), seeded(96, seed=1), seeded(40, 96, seed=2)
     tuning.disable()
     (out, grads), _ = patch_cases.run(both, dout, x, bias)
     tuning.enable()
     with patch_cases.VirtualGPU("sm_90") as virtual:
-        monkeypatch.setattr(torch.Tensor, "is_cuda", False)
         tuned, tuned_grads = both(dout, x, bias)
     assert len(virtual.launches) > 3 + len(bias_gelu.FORWARD_CANDIDATES)
     assert torch.equal(out, tuned)
