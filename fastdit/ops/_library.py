@@ -22,6 +22,8 @@ from fastdit import backends
 
 _LIB = torch.library.Library("fastdit", "DEF")
 OPS: dict[str, Op] = {}
+FAKES: dict[str, Callable[..., Any]] = {}
+"""The fake kernel of every op; a compiled kernel with the same schema has the same."""
 
 
 def _without_autocast(run: Callable[..., Any], device: str, args: tuple[Any, ...]) -> Any:
@@ -58,6 +60,7 @@ def define(
         chosen = backends.select(name, device, args)
         return _without_autocast(chosen.run if chosen else reference, device, args)
 
+    FAKES[name] = fake
     _LIB.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastdit::{name}", fake, lib=_LIB)
     return getattr(torch.ops.fastdit, name).default
@@ -137,9 +140,15 @@ class Op:
         if kernel is None or not kernel.checks_arguments:
             return None
         try:
-            return _without_autocast(kernel.run, device, args)
+            return self._returned(_without_autocast(kernel.run, device, args))
         except RuntimeError:
             return None
+
+    def _returned(self, results: Any) -> Any:
+        """Of the schema op's results, those that the public function returns."""
+        if self.returns is None:
+            return results
+        return results[0] if self.returns == 1 else results[: self.returns]
 
     def __call__(self, *args: Any) -> Any:
         device = args[0].device.type
@@ -150,6 +159,4 @@ class Op:
             results = self.overload(*args)
         else:  # without the dispatcher and autograd, which would cost more than a small kernel
             results = _without_autocast(chosen.run, device, args)
-        if self.returns is None:
-            return results
-        return results[0] if self.returns == 1 else results[: self.returns]
+        return self._returned(results)
