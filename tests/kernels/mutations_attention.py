@@ -1,9 +1,12 @@
 """Ways to break the attention kernels, each of which the tests must notice.
 
-`MUTATIONS` lists (file, text that occurs in it once, what to put there instead).
+`MUTATIONS` lists (file, text that occurs in it once, what to put there instead); `TESTS` are the
+tests that must fail.
 """
 
 from __future__ import annotations
+
+TESTS = "tests/kernels/test_attention_numerics.py"
 
 FORWARD = "kernels/attention.py"
 BACKWARD = "kernels/attention_backward.py"

@@ -79,6 +79,18 @@ def test_errors_are_at_most_those_of_eager(case):
             assert ours[name] <= 1.25**2 * theirs[name], name
 
 
+@pytest.mark.parametrize("tokens", [30, 150])
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100", "sm_120", "gfx942"])
+def test_tiles_of_every_architecture(arch, tokens):
+    call = make(Case(72, 1, tokens, BF16))
+    exact = eager(call.in_dtype(torch.float64))
+    with VirtualGPU(arch):
+        ours = errors(fused(call), exact)
+    theirs = errors(eager(call), exact)
+    for name in ours:
+        assert ours[name] <= 1.25 * theirs[name], name
+
+
 def test_parts_cover_a_head_with_the_least_columns():
     for head_dim in HEAD_DIMS:
         parts = parts_of(head_dim)
