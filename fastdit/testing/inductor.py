@@ -179,6 +179,9 @@ def _pretended(gpu: GPU) -> Iterator[None]:
         CudaInterface.Worker: {"get_device_properties": properties, "current_device": 0},
     }
     with contextlib.ExitStack() as stack:
+        # PyTorch remembers whether Triton has a device: ask it again, inside and afterwards.
+        stack.callback(has_triton.cache_clear)
+        has_triton.cache_clear()
         for owner, functions in answers.items():
             for name, answer in functions.items():
                 function: Any = lambda *_args, _answer=answer, **_kwargs: _answer  # noqa: E731
