@@ -139,3 +139,9 @@ _SUMS = [
 MUTATIONS: list[tuple[str, str, str]] = [
     *_SHARED, *_NORMALISE, *_ADALN, *_GATED, *_RESIDUAL, *_BACKWARD, *_SUMS,
 ]  # fmt: skip
+
+TESTS = (
+    "tests/kernels/test_row_numerics.py",
+    "tests/kernels/test_row_ops.py",
+    "tests/kernels/test_row_compiled.py",
+)
