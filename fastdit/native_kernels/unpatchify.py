@@ -23,8 +23,6 @@ def _fake_backward(dimage, patch, grid, channels):
 _ops = torch.ops.fastdit_native
 
 KERNELS = (
-    backends.Kernel(
-        "unpatchify", "cpu", "csrc", _ops.unpatchify.default, checks_arguments=True
-    ),
+    backends.Kernel("unpatchify", "cpu", "csrc", _ops.unpatchify.default, checks_arguments=True),
     backends.Kernel("unpatchify_backward", "cpu", "csrc", _ops.unpatchify_backward.default),
 )

@@ -215,8 +215,9 @@ def test_every_instruction_set_agrees(isas):
     ]
     for isa in isas:
         torch.ops.fastdit_native.set_cpu_isa(isa)
-        got = native("patch_embed", *args), *native(
-            "patch_embed_backward", dtokens, *args, *[True] * 4
+        got = (
+            native("patch_embed", *args),
+            *native("patch_embed_backward", dtokens, *args, *[True] * 4),
         )
         for g, t in zip(got, truth, strict=True):
             tolerance = torch.finfo(g.dtype).eps
@@ -256,7 +257,9 @@ def test_unpatchify_moves_every_bit(width, samples, grid, patch, channels, gap):
     assert torch.equal(got.view(rows.dtype), image)
     padded = torch.zeros(*image.shape[:-1], image.shape[-1] + gap, dtype=image.dtype)
     padded[..., gap:] = image
-    back = native("unpatchify_backward", padded[..., gap:].view(BYTES[width]), patch, grid, channels)
+    back = native(
+        "unpatchify_backward", padded[..., gap:].view(BYTES[width]), patch, grid, channels
+    )
     assert torch.equal(back.view(rows.dtype), rows)
 
 
