@@ -5,7 +5,9 @@
 
 The second form prints a table. All candidates of a shape take turns, so that a slow moment of the
 machine falls on each, and a figure is the median of its turns. With one thread a turn is timed in
-the process's own CPU time, which other processes disturb little.
+the process's own CPU time, which other processes disturb little; with more it is wall time, and
+turns during which other processes ran are thrown away (one busy neighbour costs two-thread eager a
+factor of ten): it waits for an idle machine.
 """
 
 from __future__ import annotations

@@ -41,7 +41,9 @@ def test_equals_the_layers_of_torch(per_token, plus_one, norm, affine):
 
 def test_without_modulation_it_is_layer_norm():
     x = plain() + 100
-    torch.testing.assert_close(adaln(x), nn.functional.layer_norm(x, (D,), eps=1e-6))
+    exact = nn.functional.layer_norm(x.double(), (D,), eps=1e-6)
+    eager = nn.functional.layer_norm(x, (D,), eps=1e-6)
+    assert (adaln(x) - exact).abs().max() <= (eager - exact).abs().max() + 1e-6
 
 
 def test_chunks_of_a_projection_are_read_in_place():

@@ -17,33 +17,38 @@
 namespace fastdit::FASTDIT_ISA {
 namespace {
 
+// unit = (x − centre)·rstd + offset, where centre is the mean as a float or zero.
 struct Moments {
-  float centre, rest, rstd;  // the mean is centre + rest
+  float mean, rstd, centre, offset;
 };
 
-INLINE float rstd_of(float variance, float eps) {
-  return 1 / __builtin_sqrtf((variance < 0 ? 0 : variance) + eps);
+// A row's few scalars are in double: an error of 1/std would be one of every element.
+INLINE Moments moments_of(double centre, double rest, double variance, float eps) {
+  const double rstd = 1 / __builtin_sqrt((variance < 0 ? 0 : variance) + eps);
+  return {float(centre + rest), float(rstd), float(centre), float(-rest * rstd)};
 }
 
 template <class X>
-INLINE Moments second_pass(const X* x, int64_t width, float eps, float centre) {
+INLINE Moments second_pass(const Adaln& a, const X* x, float centre) {
   const Vec c = all(centre);
   Vec rests[4] = {}, squares[4] = {};
-  sweep(width, [&](int64_t d, auto part, int slot) {
+  sweep(a.width, [&](int64_t d, auto part, int slot) {
     const Vec v = covered(load(x + d, part) - c, part);
     rests[slot] += v;
     squares[slot] = muladd(v, v, squares[slot]);
   });
-  const float rest = total(rests) / width;
-  return {centre, rest, rstd_of(total(squares) / width - rest * rest, eps)};
+  const double rest = double(total(rests)) / a.width;
+  return moments_of(centre, rest, double(total(squares)) / a.width - rest * rest, a.eps);
 }
 
 template <class X>
-INLINE Moments moments(const Adaln& a, const X* x, float sum, float squares) {
-  const float mean = a.rms ? 0 : sum / a.width, variance = squares / a.width - mean * mean;
-  if (a.rms || (mean * mean <= variance && squares <= __FLT_MAX__))
-    return {0, mean, rstd_of(variance, a.eps)};
-  return second_pass(x, a.width, a.eps, mean);
+INLINE Moments moments(const Adaln& a, const X* x, double sum, double squares) {
+  const double square = squares / a.width, mean = sum / a.width;
+  if (a.rms) return moments_of(0, 0, square, a.eps);
+  const double variance = square - mean * mean;
+  if (mean * mean <= variance && squares <= __FLT_MAX__)
+    return moments_of(0, mean, variance, a.eps);
+  return second_pass(a, x, float(mean));
 }
 
 // R rows of one sample before their statistics: x as it is.
@@ -108,20 +113,20 @@ struct None {};
 template <int R, class X, class Head, class Next>
 INLINE Sums<R> normalise(const Adaln& a, int64_t row, const Head& head, const Sums<R>& sums,
                          Affine affine, const Next& next) {
-  Vec centre[R], rstd[R], rest[R];
+  Vec centre[R], rstd[R], offset[R];
   X* out[R];
   for (int r = 0; r < R; ++r) {
     const Moments m = moments(a, head.row(r), total(sums.values[r]), total(sums.squares[r]));
-    centre[r] = all(m.centre), rstd[r] = all(m.rstd), rest[r] = all(-m.rest * m.rstd);
+    centre[r] = all(m.centre), rstd[r] = all(m.rstd), offset[r] = all(m.offset);
     out[r] = static_cast<X*>(a.out) + (row + r) * a.width;
-    if (a.mean) a.mean[row + r] = m.centre + m.rest;
+    if (a.mean) a.mean[row + r] = m.mean;
     if (a.rstd) a.rstd[row + r] = m.rstd;
   }
   Sums<R> following;
   sweep<Sums<R>::chains>(a.width, [&](int64_t d, auto part, int slot) {
     const Vec mul = load(affine.mul + d, part), add = load(affine.add + d, part);
     for (int r = 0; r < R; ++r) {
-      const Vec unit = muladd(load(head.row(r) + d, part) - centre[r], rstd[r], rest[r]);
+      const Vec unit = muladd(load(head.row(r) + d, part) - centre[r], rstd[r], offset[r]);
       store(out[r] + d, muladd(unit, mul, add), part);
     }
     if constexpr (!__is_same(Next, None)) {
