@@ -13,13 +13,12 @@ factor of ten): it waits for an idle machine.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
-import time
 from collections.abc import Callable
 
 import pytest
 import torch
+from timing import timed
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -119,49 +118,6 @@ class _Count(TorchDispatchMode):
         self.calls += 1
         self.kernels += not function.is_view
         return function(*args, **(kwargs or {}))
-
-
-def _others() -> float:
-    """Seconds of processor time that everything but this process has used."""
-    ticks = os.sysconf("SC_CLK_TCK")
-    with open("/proc/stat") as file:
-        user, nice, system, _idle, _wait, *interrupts = map(int, file.readline().split()[1:8])
-    return (user + nice + system + sum(interrupts)) / ticks - time.process_time()
-
-
-def _turn(function: Callable[[], object], count: int, clock: Callable[[], float]) -> float:
-    start = clock()
-    for _ in range(count):
-        function()
-    return (clock() - start) / count
-
-
-def _quiet_turn(function: Callable[[], object], count: int) -> float:
-    """The first turn in wall time during which other processes used less than a tenth of a core."""
-    for _ in range(300):
-        wall, others = time.perf_counter(), _others()
-        seconds = _turn(function, count, time.perf_counter)
-        if _others() - others < 0.1 * (time.perf_counter() - wall) + 0.01:
-            return seconds
-        time.sleep(0.2)
-    raise SystemExit("other processes never leave the machine alone; try --threads 1")
-
-
-def timed(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds a call, a list for each function: one entry a turn."""
-    alone = torch.get_num_threads() == 1
-    length = 0.01 if alone else 0.1  # /proc/stat counts in hundredths of a second
-    counts = {}
-    for name, function in functions.items():
-        function()
-        counts[name] = max(3, int(length / _turn(function, 10, time.process_time)))
-    found: dict[str, list[float]] = {name: [] for name in functions}
-    for turn in range(rounds):
-        for name in list(functions)[:: 1 if turn % 2 else -1]:
-            call, count = functions[name], counts[name]
-            seconds = _turn(call, count, time.process_time) if alone else _quiet_turn(call, count)
-            found[name].append(seconds)
-    return found
 
 
 def main() -> None:

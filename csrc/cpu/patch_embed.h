@@ -54,7 +54,7 @@ struct PatchEmbedBackward {
 
 // Floats of scratch memory that the backward's two kernels need, for patches of `size` elements.
 inline int64_t image_scratch(int64_t size) {
-  return kTokens * kInner + (kTokens + 1) * rounded_up(size, kWidth);
+  return kTokens * kInner + (2 * kTokens + 1) * rounded_up(size, kWidth);
 }
 inline int64_t parameter_scratch(int64_t size) {
   const int64_t rows = rounded_up(size, kWidth) + 1, panel = rows * kWidth;

@@ -3,7 +3,7 @@
 //
 // A tile of tokens × outputs stays in registers over all of K. For it the weight, (D, K), is laid
 // out in panels of V vectors of outputs once a call; K·D numbers beside the B·T·D of the result.
-// Every element is one chain of additions in the order of K: its bits depend on nothing else.
+// Every element is summed in an order that K alone decides.
 #include "cpu/isa/patches.h"
 
 namespace fastdit::FASTDIT_ISA {
@@ -50,8 +50,18 @@ template <class T, class P>
 INLINE void tile(const PatchEmbed& a, const P& pos, const float* patches, int64_t first, int count,
                  int64_t d) {
   const int64_t size = a.x.size(), tokens = a.x.tokens();
+  const float* panel = a.panels + d * size;
   Vec sums[R][V];
-  product<V>(patches, size, 1, a.panels + d * size, kPanel, size, sums);
+  product<V>(patches, size, 1, panel, kPanel, size < kChain ? size : kChain, sums);
+  for (int64_t k = kChain; k < size; k += kChain) {
+    const int64_t count = size - k < kChain ? size - k : kChain;
+    Vec more[R][V];
+    product<V>(patches + k, size, 1, panel + k * kPanel, kPanel, count, more);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) sums[r][v] += more[r][v];
+  }
   const auto finish = [&](int r, int v, auto part) __attribute__((always_inline)) {
     const int64_t at = d + v * L;
     Vec sum = sums[r][v] + load(a.biases + at, Full{});

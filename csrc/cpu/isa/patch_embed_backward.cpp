@@ -15,8 +15,8 @@ constexpr int64_t kSamples = 8;  // added without compensation
 // sum += value, both vectors in memory; `lost` is what the additions so far rounded off.
 INLINE void add_exactly(float* sum, float* lost, Vec value) {
   const Vec before = load(sum, Full{}), corrected = value - load(lost, Full{});
-  const Vec after = before + corrected;
-  store(lost, (after - before) - corrected, Full{});
+  const Vec after = before + corrected, rest = (after - before) - corrected;
+  store(lost, rest == rest ? rest : Vec{}, Full{});  // NaN where the sum is infinite, which stays
   store(sum, after, Full{});
 }
 
@@ -37,20 +37,27 @@ INLINE void store_as(const float* from, int64_t count, void* to, int64_t at, Typ
 // to[r][k] += the product of `count` outputs, `vectors` vectors of k at once.
 template <int vectors>
 INLINE void add_inner(const float* grads, const float* weight, int64_t stride, int64_t count,
-                      float* to) {
-  Vec sums[R][vectors];
-  product<vectors>(grads, kInner, 1, weight, stride, count, sums);
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < vectors; ++v)
-      store(to + r * stride + v * L, load(to + r * stride + v * L, Full{}) + sums[r][v], Full{});
+                      float* to, float* lost) {
+  for (int64_t d = 0; d < count; d += kChain) {
+    Vec sums[R][vectors];
+    product<vectors>(grads + d, kInner, 1, weight + d * stride, stride,
+                     count - d < kChain ? count - d : kChain, sums);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < vectors; ++v)
+        add_exactly(to + r * stride + v * L, lost + r * stride + v * L, sums[r][v]);
+  }
 }
 
-// The patches' gradients of R tokens, from `first` on, `stride` floats apart.
+// The patches' gradients of `count` tokens, from `first` on, in R rows `stride` floats apart; R rows
+// of what they rounded off follow.
 template <class G>
 void patch_gradients(const PatchEmbedBackward& a, int64_t first, int count, float* grads,
                      float* to) {
   const int64_t size = a.dx.size(), stride = rounded_up(size, kWidth), tokens = a.dx.tokens();
-  clear(to, R * stride);
+  float* lost = to + R * stride;
+  clear(to, 2 * R * stride);
   for (int64_t d = 0; d < a.width; d += kInner) {
     const int64_t outputs = a.width - d < kInner ? a.width - d : kInner;
     for (int r = 0; r < count; ++r) {
@@ -63,8 +70,8 @@ void patch_gradients(const PatchEmbedBackward& a, int64_t first, int count, floa
     }
     const float* weight = a.weight_rows + d * stride;
     int64_t k = 0;
-    for (; k + L < size; k += kPanel) add_inner<V>(grads, weight + k, stride, outputs, to + k);
-    if (k < size) add_inner<1>(grads, weight + k, stride, outputs, to + k);
+    for (; k + L < size; k += kPanel) add_inner<V>(grads, weight + k, stride, outputs, to + k, lost + k);
+    if (k < size) add_inner<1>(grads, weight + k, stride, outputs, to + k, lost + k);
   }
 }
 
@@ -116,17 +123,19 @@ INLINE void widen_block(const PatchEmbedBackward& a, int64_t sample, int64_t tok
 INLINE void add_weight(const PatchEmbedBackward& a, int64_t token, int64_t count,
                        const Block& block, const Panel& panel) {
   const int64_t stride = rounded_up(a.x.size(), kTokens);
-  for (int64_t k = 0; k < stride; k += R) {
-    Vec sums[R][V];
-    product<V>(a.patches + token * stride + k, 1, stride, block.grads, kPanel, count, sums);
+  for (int64_t k = 0; k < stride; k += R)
+    for (int64_t t = 0; t < count; t += kChain) {
+      Vec sums[R][V];
+      product<V>(a.patches + (token + t) * stride + k, 1, stride, block.grads + t * kPanel, kPanel,
+                 count - t < kChain ? count - t : kChain, sums);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r)
+      for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
-      for (int v = 0; v < V; ++v) {
-        const int64_t at = (k + r) * kPanel + v * L;
-        add_exactly(panel.weight + at, panel.weight_lost + at, sums[r][v]);
-      }
-  }
+        for (int v = 0; v < V; ++v) {
+          const int64_t at = (k + r) * kPanel + v * L;
+          add_exactly(panel.weight + at, panel.weight_lost + at, sums[r][v]);
+        }
+    }
 }
 
 template <class G>

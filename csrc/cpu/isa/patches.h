@@ -17,6 +17,10 @@ constexpr int V = 2;
 constexpr int64_t kPanel = V * L;
 static_assert(kWidth % kPanel == 0 && kTokens % R == 0);
 
+// Products that are added in one chain; a longer sum adds the sums of its chains. With chains of 64
+// the largest error was up to 2.4 times eager's.
+constexpr int64_t kChain = 16;
+
 // sums[r][v] = Σ_i a[r·a_row + i·a_step] · b[i·b_row + v·L], i in order from 0 to count.
 template <int vectors>
 INLINE void product(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_row,
