@@ -5,18 +5,20 @@
 
 The second form prints a table. All candidates of a shape take turns, so that a slow moment of the
 machine falls on each, and a figure is the median of its turns. With one thread a turn is timed in
-the process's own CPU time, which other processes disturb little.
+the process's own CPU time, which other processes disturb little; with more it is wall time, and
+turns during which other processes ran are thrown away (one busy neighbour costs two-thread eager a
+factor of ten): it waits for an idle machine.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 
 import pytest
 import torch
+from timing import timed
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -116,27 +118,6 @@ class _Count(TorchDispatchMode):
         self.calls += 1
         self.kernels += not function.is_view
         return function(*args, **(kwargs or {}))
-
-
-def timed(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds a call, a list for each function: one entry a turn of about 10 ms."""
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    found: dict[str, list[float]] = {name: [] for name in functions}
-    repeats = {}
-    for name, function in functions.items():
-        function()
-        start = clock()
-        for _ in range(10):
-            function()
-        repeats[name] = max(3, int(0.1 / max(clock() - start, 1e-6)))
-    for turn in range(rounds):
-        for name in list(functions)[:: 1 if turn % 2 else -1]:
-            function, count = functions[name], repeats[name]
-            start = clock()
-            for _ in range(count):
-                function()
-            found[name].append((clock() - start) / count)
-    return found
 
 
 def main() -> None:

@@ -1,130 +1,90 @@
-"""How the benchmarks compare: candidates take turns, ratios are medians of turns side by side.
+"""How the benchmarks measure: candidates take turns, a figure is the median of its turns.
 
-Absolute times drift on a shared machine, ratios of neighbouring turns hardly do. With one thread a
-turn is measured in the process's own CPU time, which other processes disturb little; with more, in
-wall time, which means something only on an idle machine. Gradients are timed as a call of
-`torch.autograd.grad` on a kept graph.
+All candidates of a case take turns, so that a slow moment of the machine falls on each. With one
+thread a turn is timed in the process's own CPU time, which other processes disturb little. With
+more it is timed in wall time, which other processes ruin (a busy one slows OpenMP's barriers by a
+factor of ten): it waits for an idle machine.
 """
 
 from __future__ import annotations
 
+import argparse
+import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
-Function = Callable[[], object]
-ROUNDS, TURN = 21, 0.01
-TABLE: list[str] = []
-"""The lines that `conftest.py` prints at the end."""
+Candidates = dict[str, Callable[[], object]]
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Seconds of one candidate, a turn each, and the first candidate's over them, turn by turn."""
-
-    seconds: Sequence[float]
-    ratios: Sequence[float]
-
-    def __str__(self) -> str:
-        low, mid, high = (
-            1e6 * f(self.seconds) for f in (min, statistics.median, max)
-        )  # microseconds
-        ratio = statistics.median(self.ratios)
-        return (
-            f"{mid:9.1f} µs [{low:.1f}..{high:.1f}]  "
-            f"{ratio:6.2f}x [{min(self.ratios):.2f}..{max(self.ratios):.2f}]"
-        )
-
-
-def clock() -> Callable[[], float]:
-    return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+def options(description: str) -> argparse.Namespace:
+    """The command line of a benchmark; sets the number of threads and says what is printed."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=31)
+    parser.add_argument("--compile", action="store_true", help="time torch.compile too")
+    chosen = parser.parse_args()
+    torch.set_num_threads(chosen.threads)
+    clock = "CPU time" if chosen.threads == 1 else "wall time"
+    capability = torch.backends.cpu.get_cpu_capability()
+    print(
+        f"torch {torch.__version__}, {capability}, {chosen.threads} threads, µs of {clock}, "
+        "median [min..max], speed over the first"
+    )
+    return chosen
 
 
-def turn(function: Function, calls: int) -> float:
-    """Seconds a call."""
-    now = clock()
-    start = now()
-    for _ in range(calls):
+def _others() -> float:
+    """Seconds of processor time that everything but this process has used."""
+    ticks = os.sysconf("SC_CLK_TCK")
+    with open("/proc/stat") as file:
+        user, nice, system, _idle, _wait, *interrupts = map(int, file.readline().split()[1:8])
+    return (user + nice + system + sum(interrupts)) / ticks - time.process_time()
+
+
+def _turn(function: Callable[[], object], count: int, clock: Callable[[], float]) -> float:
+    start = clock()
+    for _ in range(count):
         function()
-    return (now() - start) / calls
+    return (clock() - start) / count
 
 
-def measure(candidates: dict[str, Function], rounds: int = ROUNDS) -> dict[str, Timing]:
-    """Every candidate in turns of some `TURN` seconds; ratios are against the first."""
-    calls = {}
-    for name, function in candidates.items():
-        turn(function, 2)
-        calls[name] = max(1, int(TURN / max(turn(function, 3), 1e-7)))
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for index in range(rounds):
-        for name in list(candidates)[:: 1 if index % 2 else -1]:
-            seconds[name].append(turn(candidates[name], calls[name]))
-    first = next(iter(seconds.values()))
-    return {
-        name: Timing(mine, [a / b for a, b in zip(first, mine, strict=True)])
-        for name, mine in seconds.items()
-    }
+def _quiet_turn(function: Callable[[], object], count: int) -> float:
+    """The first turn in wall time during which other processes used less than a tenth of a core."""
+    for _ in range(300):
+        wall, others = time.perf_counter(), _others()
+        seconds = _turn(function, count, time.perf_counter)
+        if _others() - others < 0.1 * (time.perf_counter() - wall) + 0.01:
+            return seconds
+        time.sleep(0.2)
+    raise SystemExit("other processes never leave the machine alone; try --threads 1")
 
 
-def compare(benchmark, title: str, candidates: dict[str, Function]) -> None:
-    """Time the candidates in turns, put the figures into the table and pytest-benchmark's report.
-
-    The candidate `fastdit` is also what pytest-benchmark times by itself; `copy` is a copy of as
-    many bytes as the op must move, whose share of fastdit's time is told.
-    """
-    found = measure(candidates)
-    TABLE.append(f"{title}, {torch.get_num_threads()} thread(s)")
-    for name, timing in found.items():
-        benchmark.extra_info[name] = str(timing)
-        TABLE.append(f"  {name:16} {timing}")
-    if "copy" in found:
-        share = statistics.median(
-            c / f for c, f in zip(found["copy"].seconds, found["fastdit"].seconds, strict=True)
-        )
-        benchmark.extra_info["bandwidth of a copy"] = f"{100 * share:.0f} %"
-        TABLE.append(f"  {100 * share:.0f} % of the bandwidth of a copy")
-    benchmark.pedantic(candidates["fastdit"], rounds=5, iterations=10, warmup_rounds=1)
+def timed(functions: Candidates, rounds: int) -> dict[str, list[float]]:
+    """Seconds a call, a list for each function: one entry a turn."""
+    alone = torch.get_num_threads() == 1
+    length = 0.01 if alone else 0.1  # /proc/stat counts in hundredths of a second
+    counts = {}
+    for name, function in functions.items():
+        function()
+        counts[name] = max(3, int(length / _turn(function, 10, time.process_time)))
+    found: dict[str, list[float]] = {name: [] for name in functions}
+    for turn in range(rounds):
+        for name in list(functions)[:: 1 if turn % 2 else -1]:
+            call, count = functions[name], counts[name]
+            seconds = _turn(call, count, time.process_time) if alone else _quiet_turn(call, count)
+            found[name].append(seconds)
+    return found
 
 
-def copy_of(*moved: Tensor) -> Function:
-    """A copy that reads half of the bytes of these tensors and writes as many."""
-    half = sum(t.numel() * t.element_size() for t in moved) // 2
-    source, target = (torch.ones(half, dtype=torch.uint8) for _ in range(2))
-    return lambda: target.copy_(source)
-
-
-def forward(benchmark, compiled, title, ours, eager, args, moved, tolerance=1e-5) -> None:
-    """Compare `ours(*args)` with `eager(*args)` and its compiled form, without gradients.
-
-    `moved` are the tensors that the op has to read or write; the two must agree first.
-    """
-    with torch.no_grad():
-        candidates: dict[str, Function] = {"eager": lambda: eager(*args)}
-        for name, function in compiled(eager).items():
-            candidates[name] = lambda f=function: f(*args)
-        candidates |= {"fastdit": lambda: ours(*args), "copy": copy_of(*moved)}
-        for name in candidates.keys() - {"eager", "copy"}:
-            close(candidates[name](), candidates["eager"](), tolerance)
-        compare(benchmark, title, candidates)
-
-
-def backward(benchmark, title, ours, eager, args, moved, tolerance=1e-4) -> None:
-    """Compare the gradients of all tensors among `args` that require one."""
-    inputs = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
-    graphs = {"eager": eager(*args), "fastdit": ours(*args)}
-    results = {name: [r] if isinstance(r, Tensor) else list(r) for name, r in graphs.items()}
-    cotangents = [torch.randn_like(result) for result in results["eager"]]
-    candidates: dict[str, Function] = {
-        name: lambda r=result: torch.autograd.grad(r, inputs, cotangents, retain_graph=True)
-        for name, result in results.items()
-    }
-    close(candidates["fastdit"](), candidates["eager"](), tolerance)
-    compare(benchmark, f"{title}, backward", candidates | {"copy": copy_of(*moved)})
-
-
-def close(got: object, want: object, tolerance: float) -> None:
-    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+def print_table(title: str, candidates: Candidates, rounds: int) -> None:
+    """A line for each candidate; its ratio is the median of the turns' ratios to the first's."""
+    print(f"\n{title}")
+    found = timed(candidates, rounds)
+    first = next(iter(found.values()))
+    for name, times in found.items():
+        ratio = statistics.median(a / b for a, b in zip(first, times, strict=True))
+        middle, low, high = (1e6 * f(times) for f in (statistics.median, min, max))
+        print(f"  {name:18} {middle:9.1f} [{low:.1f}..{high:.1f}]  {ratio:6.2f}x", flush=True)

@@ -82,7 +82,7 @@ FASTDIT_HD float next_mean(const StepRow& row, float x, float x0) {
   return row.cx * x + row.c0 * x0;
 }
 
-// ---- token layout --------------------------------------------------------------------------------
+// ---- token layout -------------------------------------------------------------------------------
 
 // Walks a sample's pixels in the image's order and tells where each one's channels stand in the
 // token rows: token (y / patch_h, x / patch_w), and in it the pixel (y % patch_h, x % patch_w).

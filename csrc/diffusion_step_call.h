@@ -30,7 +30,7 @@ struct Step {
   StepCall call = {};
 };
 
-// ---- messages: "name: got ..., allowed is ..." ---------------------------------------------------
+// ---- messages: "name: got ..., allowed is ..." --------------------------------------------------
 
 inline std::string text(const Sizes& sizes) {
   std::ostringstream out;
@@ -63,11 +63,12 @@ inline std::string text(const Tensor& tensor) {
   return text(sizes_of(tensor)) + " " + text(tensor.scalar_type()) + " on " + place;
 }
 
-[[noreturn]] inline void fail(const char* name, const std::string& got, const std::string& allowed) {
+[[noreturn]] inline void fail(const char* name, const std::string& got,
+                              const std::string& allowed) {
   throw std::runtime_error(std::string(name) + ": got " + got + ", allowed is " + allowed);
 }
 
-// ---- checks --------------------------------------------------------------------------------------
+// ---- checks -------------------------------------------------------------------------------------
 
 inline bool same_sizes(const Tensor& a, const Tensor& b) {
   return a.sizes() == b.sizes();
@@ -100,7 +101,8 @@ inline const int64_t* per_sample(const char* name, Tensor& tensor, const Tensor&
   const int64_t dim = tensor.dim(), batch = x.size(0);
   const bool fits = dim == 0 || (dim == 1 && tensor.size(0) == batch);
   if (!fits || tensor.scalar_type() != ScalarType::Long || !same_device(tensor, x)) {
-    fail(name, text(tensor), "an int64 tensor () or (" + std::to_string(batch) + ",) on x's device");
+    const std::string shapes = "() or (" + std::to_string(batch) + ",)";
+    fail(name, text(tensor), "an int64 tensor " + shapes + " on x's device");
   }
   stride = int32_t(dim);
   if (!tensor.is_contiguous()) tensor = torch::stable::contiguous(tensor);
@@ -108,7 +110,8 @@ inline const int64_t* per_sample(const char* name, Tensor& tensor, const Tensor&
 }
 
 // The model's output as an image, or as token rows whose pixels are x's.
-inline void take_output(Step& step, bool learned, int64_t guided, const std::optional<Sizes>& patch) {
+inline void take_output(Step& step, bool learned, int64_t guided,
+                        const std::optional<Sizes>& patch) {
   const Tensor &x = step.x, &output = step.output;
   StepCall& call = step.call;
   const int64_t batch = guided ? 2 * call.batch : call.batch, channels = call.channels;

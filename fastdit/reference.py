@@ -196,10 +196,9 @@ def attention_backward(dout, qkv, out, lse, num_heads, scale, *qk_options):
     dout, out = (_exact(t).unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (dout, out))
     p = torch.exp(q @ k.mT * scale - lse.unsqueeze(-1))
     ds = p * (dout @ v.mT - (dout * out).sum(-1, keepdim=True)) * scale
-    q_weight, q_bias, k_weight, k_bias, *shared = qk_options
     raw_q, raw_k, _v = split_heads(qkv, num_heads)
-    dq, *dq_affine = _prepared_backward(ds @ k, raw_q, q_weight, q_bias, *shared)
-    dk, *dk_affine = _prepared_backward(ds.mT @ q, raw_k, k_weight, k_bias, *shared)
+    dq, *dq_affine = _prepared_backward(ds @ k, raw_q, *qk_options[:2], *qk_options[4:])
+    dk, *dk_affine = _prepared_backward(ds.mT @ q, raw_k, *qk_options[2:])
     dqkv = torch.stack([dq, dk, p.mT @ dout]).permute(1, 3, 0, 2, 4).flatten(2).to(qkv.dtype)
     return dqkv, *dq_affine, *dk_affine
 

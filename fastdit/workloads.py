@@ -103,6 +103,7 @@ def workloads(
         part.detach().requires_grad_() for part in random(batch, 6 * width).chunk(6, 1)[:3]
     )
     plain = (None, None, 1e-6, "layer", True)
+    no_qk_options = (None, None, None, None, None, 1e-6, None, None, True)
     image = (batch, channels, latent, latent)
     x, weight, bias = random(*image), random(width, channels, patch, patch), random(width)
     pos = random(1, tokens, width, grad=False)
@@ -117,13 +118,16 @@ def workloads(
         Workload("gated_adaln", (stream(), stream(), gate, shift, scale, *plain)),
         Workload(
             "attention",
-            (random(batch, tokens, 3 * width), heads, None),
+            (random(batch, tokens, 3 * width), heads, None, *no_qk_options),
             flops=4 * batch * tokens**2 * width,
         ),
         Workload("bias_gelu", (random(batch, tokens, 4 * width), random(4 * width))),
         Workload("patch_embed", (x, weight, bias, pos)),
         Workload("unpatchify", (rows, [patch, patch], [grid, grid], 2 * channels)),
-        Workload("diffusion_step", (latents, predicted, table, step, noise, None, None, True, 0)),
+        Workload(
+            "diffusion_step",
+            (latents, predicted, table, step, noise, None, None, True, 0, None, None),
+        ),
     ]
     assert {call.op for call in calls} == set(backends.OPS)
     return calls

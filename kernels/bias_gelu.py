@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdit.backends import Kernel
-from fastdit.kernels import launch, partials
+from fastdit.kernels import launch, partials, tuning
 
 # 2u·log₂e = z·(LINEAR + CUBIC·z²), and 2u' = SLOPE·(1 + 3·0.044715·z²).
 SLOPE = tl.constexpr(1.5957691216057308)
@@ -52,6 +52,18 @@ class Tile:
 # would leave a second, nearly empty wave. Their partial sums are 2 % of the traffic at 8192 tokens.
 FORWARD = {2: Tile(2048, 512, 4), 4: Tile(1024, 512, 4)}
 BACKWARD = {2: Tile(1024, 512, 4, programs=1024), 4: Tile(1024, 512, 4, programs=1024)}
+FORWARD_CANDIDATES = [
+    Tile(elements, columns, warps)
+    for elements, columns, warps in (
+        (1024, 512, 4),
+        (2048, 512, 4),
+        (4096, 512, 8),
+        (2048, 1024, 4),
+    )
+]
+BACKWARD_CANDIDATES = [
+    Tile(elements, 512, 4, programs) for elements in (1024, 2048) for programs in (512, 1024, 2048)
+]
 
 
 @triton.jit
@@ -124,13 +136,20 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return out
-    flat, bias, tile = _rows(x), bias.contiguous(), FORWARD[x.element_size()]
-    (rows, width), columns = flat.shape, launch.column_block(x.shape[-1], tile.columns)
-    tall = tile.elements // columns
-    with launch.on_device(x):
+    flat, bias = _rows(x), bias.contiguous()
+    rows, width = flat.shape
+
+    def run(tile: Tile) -> None:
+        columns = launch.column_block(width, tile.columns)
+        tall = tile.elements // columns
         forward_kernel[(triton.cdiv(rows, tall), triton.cdiv(width, columns))](
             flat, bias, out, rows, width, flat.stride(0), tall, columns, num_warps=tile.num_warps
         )
+
+    with launch.on_device(x):
+        key = (tuning.shape_class(rows), width, x.dtype, bias.dtype)
+        default = FORWARD[x.element_size()]
+        run(tuning.choose("bias_gelu", key, default, FORWARD_CANDIDATES, run))
     return out
 
 
@@ -140,27 +159,25 @@ def bias_gelu_backward(dout: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, T
     if x.numel() == 0:
         return dx, torch.zeros_like(bias)
     flat, dflat, bias = _rows(x), _rows(dout), bias.contiguous()
-    tile = BACKWARD[x.element_size()]
-    (rows, width), columns = flat.shape, launch.column_block(x.shape[-1], tile.columns)
-    tall, blocks = tile.elements // columns, triton.cdiv(width, columns)
-    splits = min(triton.cdiv(rows, tall), max(1, tile.programs // blocks))
-    sums = partials.partials(splits, width, x)
-    with launch.on_device(x):
+    (rows, width), dbias = flat.shape, torch.empty_like(bias)
+
+    def run(tile: Tile) -> None:
+        columns = launch.column_block(width, tile.columns)
+        tall, blocks = tile.elements // columns, triton.cdiv(width, columns)
+        splits = min(triton.cdiv(rows, tall), max(1, tile.programs // blocks))
+        sums = partials.partials(splits, width, x)
+        strides = (dflat.stride(0), flat.stride(0))
+        sizes = (rows, width, *strides, tall, columns)
         backward_kernel[(splits, blocks)](
-            dflat,
-            flat,
-            bias,
-            dx,
-            sums,
-            rows,
-            width,
-            dflat.stride(0),
-            flat.stride(0),
-            tall,
-            columns,
-            num_warps=tile.num_warps,
+            dflat, flat, bias, dx, sums, *sizes, num_warps=tile.num_warps
         )
-    return dx, partials.sum_rows(sums, torch.empty_like(bias))
+        partials.sum_rows(sums, dbias)
+
+    with launch.on_device(x):
+        key = (tuning.shape_class(rows), width, x.dtype, bias.dtype)
+        default = BACKWARD[x.element_size()]
+        run(tuning.choose("bias_gelu_backward", key, default, BACKWARD_CANDIDATES, run))
+    return dx, dbias
 
 
 def _unsupported(x: Tensor, bias: Tensor) -> str | None:

@@ -15,8 +15,7 @@ Backward, each from one pass over dtokens:
 
 dweight and dbias share a pass: each program keeps its sums in registers and leaves one row of
 partial sums, which `partials.sum_rows` adds in a fixed order. dpos is such a sum itself, over the
-batch. Products of float32 are IEEE float32; those of 16-bit operands run on tensor cores with
-float32 sums.
+batch. Products of float32 are IEEE float32, those of 16 bits run on tensor cores.
 """
 
 from __future__ import annotations
@@ -58,13 +57,10 @@ INPUT = {2: Tile(32, 64, 64, 4), 4: Tile(32, 32, 32, 4)}
 
 @triton.jit
 def product(a, b, total):
-    """total + a·b; tiles of float32 in IEEE arithmetic.
-
-    Those are summed alone and added as a whole, for a chain of K sums has twice the error; fused
-    with a 1, as the compiler turns a plain addition back into the chain. float32 beside 16 bits,
-    as autocast leaves dtokens where positions are float32, counts as the sum of two 16-bit
-    numbers: 2^-17 off, on tensor cores.
-    """
+    """total + a·b. Tiles of float32 are summed alone and added as a whole: a chain of K sums has
+    twice the error. Fused with a 1, for the compiler turns a plain addition back into the chain.
+    float32 beside 16 bits, as autocast leaves dtokens where positions are float32, counts as the
+    sum of two 16-bit numbers: 2^-17 off, on tensor cores."""
     if a.dtype == tl.float32 and b.dtype == tl.float32:
         one = tl.full(total.shape, 1.0, tl.float32)
         total = tl.fma(tl.dot(a, b, input_precision="ieee"), one, total)
@@ -258,8 +254,7 @@ def patch_embed(x: Tensor, weight: Tensor, bias: Tensor | None, pos: Tensor | No
     """The schema op's forward: reads x, writes the tokens."""
     sizes = _Sizes.of(x, weight)
     dtype = x.dtype if pos is None else torch.promote_types(x.dtype, pos.dtype)
-    shape = (x.shape[0], sizes.tokens, sizes.width)
-    out = torch.empty(shape, dtype=dtype, device=x.device)
+    out = torch.empty((x.shape[0], sizes.tokens, sizes.width), dtype=dtype, device=x.device)
     if out.numel() == 0:
         return out
     tile = FORWARD[x.element_size()]
@@ -285,7 +280,7 @@ def _sum_gradients(
     most = max(1, tile.programs // (column_blocks * depth_blocks))
     splits = min(triton.cdiv(sizes.rows, block_m), most)
     outs = (dweight, dbias)
-    sums = [None if out is None else partials.partials(splits, out.numel(), x) for out in outs]
+    sums = [None if o is None else partials.partials(splits, o.numel(), x) for o in outs]
     with launch.on_device(x):
         weight_kernel[(splits, column_blocks, depth_blocks)](
             dtokens, x, *sums, *sizes.arguments(x, tile), num_warps=tile.num_warps
@@ -296,15 +291,11 @@ def _sum_gradients(
 
 
 def _input_gradient(dtokens: Tensor, weight: Tensor, sizes: _Sizes, dx: Tensor) -> None:
-    tile = INPUT[weight.element_size()]
+    tile, weight = INPUT[weight.element_size()], weight.contiguous()
     block_m, _, block_k = sizes.blocks(tile)
     with launch.on_device(dx):
         input_kernel[(triton.cdiv(sizes.rows, block_m), triton.cdiv(sizes.depth, block_k))](
-            dtokens,
-            weight.contiguous(),
-            dx,
-            *sizes.arguments(dx, tile),
-            num_warps=tile.num_warps,
+            dtokens, weight, dx, *sizes.arguments(dx, tile), num_warps=tile.num_warps
         )
 
 

@@ -33,8 +33,11 @@ from fastdit.kernels.launch import split_width, unsupported_dtype
 View = tuple[Tensor, int, int | None, int]
 """A tensor, and its strides of sample, token (None: the same for all tokens) and column."""
 
-WIDEST = 16384
+WIDEST = 65536
+"""Up to 6144 columns nothing spills, up to 32768 the forward does not; beyond 65536 a row in
+registers is the wrong idea, and the kernels decline."""
 MOST_ROWS = 2**31 - 1
+"""Programs of a grid."""
 
 
 # ---- on the host -------------------------------------------------------------------------------
@@ -97,9 +100,10 @@ def _backward_tile(width: int, registers: int, lanes: int) -> Tile:
     if main < 8 * lanes and tail:
         main, tail = 2 * main, 0
     num_warps = max(1, min(512, main // 8) // lanes)
-    # AMD's compiler takes no limit, and rows of more than 16 columns a thread spill under one.
-    limit = min(registers, 2048 // num_warps) if lanes == 32 and main <= 4096 else None
-    return Tile(main, tail, num_warps, limit)
+    # 16 warps of 128 registers are all that a multiprocessor has; wider rows, of more than 8
+    # columns a thread, need them all and still spill. AMD's compiler takes no limit.
+    limit = 128 if main > 4096 else min(registers, 2048 // num_warps)
+    return Tile(main, tail, num_warps, limit if lanes == 32 else None)
 
 
 @functools.lru_cache(maxsize=8)

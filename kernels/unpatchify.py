@@ -186,11 +186,15 @@ def unpatchify_backward(dimage: Tensor, patch, grid, channels: int) -> Tensor:
     return tokens
 
 
-def _unsupported(tensor: Tensor, patch, grid, channels: int) -> str | None:
-    return launch.unsupported_dtype(tensor=tensor) or launch.unsupported_extent(tensor=tensor)
+def _unsupported(tokens: Tensor, patch, grid, channels: int) -> str | None:
+    return launch.unsupported_dtype(tokens=tokens) or launch.unsupported_extent(tokens=tokens)
+
+
+def _unsupported_backward(dimage: Tensor, patch, grid, channels: int) -> str | None:
+    return launch.unsupported_dtype(dimage=dimage) or launch.unsupported_extent(dimage=dimage)
 
 
 KERNELS = (
     Kernel("unpatchify", "cuda", "triton", unpatchify, _unsupported),
-    Kernel("unpatchify_backward", "cuda", "triton", unpatchify_backward, _unsupported),
+    Kernel("unpatchify_backward", "cuda", "triton", unpatchify_backward, _unsupported_backward),
 )

@@ -1,4 +1,4 @@
-"""The compiled CPU kernels of the row-wise ops and patch_embed, on every instruction set here."""
+"""The compiled CPU kernels of the row-wise ops, on every instruction set here."""
 
 from __future__ import annotations
 
@@ -125,24 +125,6 @@ def test_every_option_in_every_mixture_of_dtypes(isa, width, low):
         check("bias_gelu_backward", dout, x, bias)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("patch", [(1, 1), (2, 2), (3, 2), (8, 8), (16, 8)])
-def test_patch_embed(isa, patch, dtype):
-    """The largest two patches are over the kernel's limit and are multiplied by BLAS."""
-    width, grid = 37, (2, 3)
-    x = plain(2, 3, *(g * p for g, p in zip(grid, patch, strict=True)), dtype=dtype)
-    weight, bias = plain(width, 3, *patch, dtype=dtype, seed=1), plain(width, dtype=dtype, seed=2)
-    (kernel,) = backends.kernels_for("patch_embed", "cpu")
-    for pos_dtype in (None, dtype, torch.float32):
-        pos = None if pos_dtype is None else plain(1, 6, width, dtype=pos_dtype, seed=3)
-        for args in (
-            (x, weight, bias, pos),
-            (x.transpose(2, 3), weight.transpose(2, 3), None, pos),
-        ):
-            truth = reference.patch_embed(*in_float64(args))
-            no_less_exact([kernel.run(*args)], [reference.patch_embed(*args)], [truth])
-
-
 # ---- GELU ---------------------------------------------------------------------------------------
 
 
@@ -197,7 +179,6 @@ def calls(tokens: int = 100, width: int = 400) -> dict[str, tuple]:
         "gated_adaln_backward": (dh, dout, x, mean, rstd, y, gate, *rest, "layer", True),
         "gated_residual_backward": (dout, y, gate),
         "bias_gelu_backward": (dout, x, bias),
-        "patch_embed": (plain(2, 4, 32, 32), plain(width, 4, 2, 2, seed=1), bias, None),
     }
 
 
@@ -279,7 +260,6 @@ WRONG = [
     ("adaln_backward", 0, torch.ones(2, 3, 5), "dout: wrong shape"),
     ("adaln_backward", 3, torch.ones(2, 4), "rstd: wrong shape"),
     ("bias_gelu_backward", 0, torch.ones(2, 3, 3), "dout"),
-    ("patch_embed", 1, torch.ones(4, 4, 3, 3), "divisible"),
 ]
 
 

@@ -1,4 +1,4 @@
-// diffusion_step on the CPU, and the op's schema, which is that of torch.ops.fastdit.diffusion_step.
+// diffusion_step on the CPU, and the op's schema: that of torch.ops.fastdit.diffusion_step.
 #include "cpu/diffusion_step_chunks.h"
 
 #include "diffusion_step_call.h"

@@ -14,7 +14,7 @@ namespace fastdit {
 constexpr int kBytes = 16;  // a thread's share of x
 constexpr int kThreads = 128, kBlocks = 8;  // 8 blocks a multiprocessor: at most 64 registers
 
-// ---- loads and stores: one wide access, or scalars at a tail or a misaligned address -------------
+// ---- loads and stores: one wide access, or scalars at a tail or a misaligned address ------------
 
 template <class T, int N>
 struct alignas(sizeof(T) * N) Pack {
@@ -69,7 +69,7 @@ __device__ __forceinline__ void store(const float (&from)[N], int count, T* __re
   }
 }
 
-// ---- what the elements of one sample share -------------------------------------------------------
+// ---- what the elements of one sample share ------------------------------------------------------
 
 // A thread's run of up to N neighbours among `size`: blocks of one sample follow each other.
 struct Place {
@@ -160,7 +160,7 @@ __device__ __forceinline__ void update(const StepCall& call, const Sample& sampl
   store(next, count, static_cast<X*>(call.next) + at);
 }
 
-// ---- the model's output as an image (B or 2B, channels, ...) -------------------------------------
+// ---- the model's output as an image (B or 2B, channels, ...) ------------------------------------
 
 // Elements `from` on of one sample's output. The first `limit` of them are guided; `null` is the
 // distance to the same element of the null half.
@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) diffusion_step_image(StepCa
   update<X, true>(call, sample, place.sample * size, element, place.count, e, v);
 }
 
-// ---- the model's output as token rows (B or 2B, T, patch_h·patch_w·channels) ---------------------
+// ---- the model's output as token rows (B or 2B, T, patch_h·patch_w·channels) --------------------
 
 constexpr int kPixels = 4, kChannels = 2;
 

@@ -13,12 +13,10 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import os
 import platform
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastdit import __version__, backends
+from fastdit.checkpoint_files import atomic_write
 from fastdit.model import SIZES
 from fastdit.workloads import Workload, workloads
 
@@ -179,15 +178,6 @@ def report(rows: list[dict[str, Any]], title: str) -> Table:
     return table
 
 
-def write(result: dict[str, Any], path: Path) -> None:
-    """The JSON file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-        json.dump(result, file, indent=1)
-        file.write("\n")
-    os.replace(file.name, path)
-
-
 def dry_run(args: argparse.Namespace, console: Console) -> None:
     """Everything up to the first launch."""
     gpu = args.gpu or "H100"
@@ -226,7 +216,8 @@ def run(args: argparse.Namespace) -> None:
         "tests": tests,
         "rows": rows,
     }
-    write(result, path)
+    text = json.dumps(result, indent=1) + "\n"
+    atomic_write(path, lambda temporary: temporary.write_text(text))
     console.print(f"wrote {path}")
     if tests.get("failed"):
         raise SystemExit(1)

@@ -101,4 +101,8 @@ def patch_embed(
 
     Source: Dosovitskiy et al. 2020, equation 1; the published `x_embedder(x) + pos_embed`.
     """
+    if isinstance(x, Tensor) and not torch.is_autocast_enabled(x.device.type):
+        tokens = _patch_embed.unchecked(x, weight, bias, pos)
+        if tokens is not None:
+            return tokens
     return _patch_embed(*_arguments(x, weight, bias, pos))

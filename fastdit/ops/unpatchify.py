@@ -96,4 +96,9 @@ def unpatchify(
 
     Source: the published `DiT.unpatchify`.
     """
+    if isinstance(tokens, Tensor) and isinstance(grid, tuple | list):
+        patches = [patch] * len(grid) if isinstance(patch, int) else patch
+        image = _unpatchify.unchecked(tokens, patches, grid, channels)
+        if image is not None:
+            return image
     return _unpatchify(*_arguments(tokens, patch, grid, channels))

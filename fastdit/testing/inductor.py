@@ -124,6 +124,7 @@ def _read(source: str) -> InductorCode:
 def _pretended(gpu: GPU) -> Iterator[None]:
     """Inside, PyTorch's Python code believes that this GPU is there."""
     from torch._dynamo.device_interface import CudaInterface
+    from torch.utils._triton import has_triton
 
     assert isinstance(gpu.triton_arch, int)
     capability = divmod(gpu.triton_arch, 10)
@@ -178,10 +179,15 @@ def _pretended(gpu: GPU) -> Iterator[None]:
         CudaInterface.Worker: {"get_device_properties": properties, "current_device": 0},
     }
     with contextlib.ExitStack() as stack:
+        # PyTorch remembers whether Triton has a device: ask it again, inside and afterwards.
+        stack.callback(has_triton.cache_clear)
+        has_triton.cache_clear()
         for owner, functions in answers.items():
             for name, answer in functions.items():
                 function: Any = lambda *_args, _answer=answer, **_kwargs: _answer  # noqa: E731
                 if isinstance(owner, type):
                     function = staticmethod(function)
                 stack.enter_context(mock.patch.object(owner, name, function, create=True))
+        has_triton.cache_clear()  # any torch.compile before has asked for a real GPU
+        stack.callback(has_triton.cache_clear)
         yield

@@ -17,7 +17,6 @@
 #include "cpu/isa/adaln_backward.cpp"
 #include "cpu/isa/bias_gelu.cpp"
 #include "cpu/isa/gated_residual.cpp"
-#include "cpu/isa/patch_embed.cpp"
 #include "cpu/isa/reduce.cpp"
 
 namespace isa = fastdit::FASTDIT_ISA;
@@ -156,29 +155,11 @@ int gated_residual(int64_t piece) {
   return different;
 }
 
-// tokens are the grid's columns, gap + 1 its channels.
-int patch_embed(int64_t piece) {
-  PatchEmbed a;
-  a.channels = gap + 1, a.p = 1 + has(1), a.q = 1 + has(2), a.rows = 1 + has(4), a.columns = tokens;
-  a.width = width, a.type = x_type, a.out_type = x_type == y_type ? x_type : Type::f32;
-  const int64_t count = batch * a.tokens();
-  a.image = tensor(count * a.taps(), x_type);
-  if (!has(8)) a.pos = {tensor(a.tokens() * width, y_type), y_type, 0, width, 1};
-  a.out = tensor(count * width, a.out_type);
-  float *packed = floats((a.taps() + 1) * a.stride()), *scratch = floats(a.scratch());
-  isa::pack_weight(a, tensor(width * a.taps(), x_type), has(16) ? Modulation{} : parameter(), packed);
-  a.weight = packed;
-  const int64_t blocks = (count + kBlock - 1) / kBlock;
-  return twice({{a.out, count * width * bytes(a.out_type)}}, blocks, piece,
-               [&](int64_t b, int64_t e) { isa::patch_embed_blocks(a, b, e, count, scratch); });
-}
-
 int run(const std::string& op, int64_t piece) {
   if (op == "adaln") return adaln(false, piece) + adaln_backward(false);
   if (op == "gated_adaln") return adaln(true, piece) + adaln_backward(true);
   if (op == "bias_gelu") return bias_gelu(piece);
   if (op == "gated_residual") return gated_residual(piece);
-  if (op == "patch_embed") return patch_embed(piece);
   return 2;
 }
 

@@ -96,7 +96,8 @@ void normal_numbers() {
   }
   check(std::abs(sum / (4.0 * count)) < 3e-3, "mean", sum / (4.0 * count));
   check(std::abs(squares / (4.0 * count) - 1) < 4e-3, "variance", squares / (4.0 * count));
-  for (const uint32_t radius : {0u, 1u, 2u, 127u, 0x7FFFFFFFu, 0xFFFFFF00u, 0xFFFFFFFEu, 0xFFFFFFFFu}) {
+  for (const uint32_t radius :
+       {0u, 1u, 2u, 127u, 0x7FFFFFFFu, 0xFFFFFF00u, 0xFFFFFFFEu, 0xFFFFFFFFu}) {
     for (uint32_t angle = 0; angle < 0xFFFF0000u; angle += 0xFFFFu) compare(radius, angle);
     compare(radius, 0xFFFFFFFFu);
   }

@@ -35,8 +35,13 @@ struct Options {
 
 class Random {
  public:
-  uint32_t bits() { return uint32_t((state_ = state_ * 6364136223846793005u + 1442695040888963407u) >> 33); }
-  float uniform(float low, float high) { return low + (high - low) * float(bits() % 65536) / 65536.0f; }
+  uint32_t bits() {
+    state_ = state_ * 6364136223846793005u + 1442695040888963407u;
+    return uint32_t(state_ >> 33);
+  }
+  float uniform(float low, float high) {
+    return low + (high - low) * float(bits() % 65536) / 65536.0f;
+  }
 
  private:
   uint64_t state_ = 1;
@@ -86,7 +91,10 @@ class Problem {
              random.uniform(-3, -2), random.uniform(-2, 0), random.uniform(1, 4)};
     }
     call.table = table.data();
-    for (int64_t b = 0; b < o.batch; ++b) steps.push_back(random.bits() % 5), seeds.push_back(random.bits() * 0x100000001 - 7);
+    for (int64_t b = 0; b < o.batch; ++b) {
+      steps.push_back(random.bits() % 5);
+      seeds.push_back(random.bits() * 0x100000001 - 7);
+    }
     call.step = steps.data();
     call.step_per_sample = o.step_per_sample;
     call.seed = o.noise == Noise::kSeed || o.noise == Noise::kSeeds ? seeds.data() : nullptr;
@@ -192,7 +200,9 @@ int count_failures(Run run) {
           Options o;
           o.height = height, o.width = width, o.channels = channels, o.noise = noise;
           o.batch = 1 + number % 3;
-          o.guided = number % 4 == 0 ? 0 : number % 4 == 1 ? 2 * channels : number % (2 * channels) + 1;
+          o.guided = number % (2 * channels) + 1;
+          if (number % 4 == 0) o.guided = 0;
+          if (number % 4 == 1) o.guided = 2 * channels;
           o.learned = number % 3 != 0;
           o.wide_output = o.learned || number % 2;
           if (!o.wide_output && o.guided > channels) o.guided = channels;

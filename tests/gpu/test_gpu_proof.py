@@ -55,7 +55,7 @@ def test_outside_a_checkout_it_says_so(tmp_path, monkeypatch):
         cli.main(["gpu-proof", "--dry-run"])
 
 
-def test_rows_hold_measured_beside_modelled(tmp_path, monkeypatch):
+def test_rows_hold_measured_beside_modelled(monkeypatch):
     """On the CPU with a fake timer, and a fake kernel: everything runs once and is recorded."""
     times = iter(range(100, 200))
 
@@ -65,6 +65,8 @@ def test_rows_hold_measured_beside_modelled(tmp_path, monkeypatch):
         return at - 1, at, at + 1
 
     call = next(c for c in workloads("S", 2, latent=8, device="cpu") if c.op == "bias_gelu")
+    backends.kernels_for("bias_gelu", "cpu")
+    monkeypatch.setitem(backends._kernels, ("bias_gelu", "cpu"), [])
     (plain, *_) = gpu_proof.measure(call, "H100", timer)
     assert plain["kernel"] is None
     assert "no kernel is registered" in plain["why_not"]
@@ -79,10 +81,33 @@ def test_rows_hold_measured_beside_modelled(tmp_path, monkeypatch):
     assert forward["speedup"] == eager / native
     assert forward["measured_over_modelled"] == native / forward["modelled_us"]
     assert forward["terabytes_per_second"] == pytest.approx(forward["bytes"] / native / 1e6)
-    path = tmp_path / "results" / "a.json"
-    gpu_proof.write({"rows": [forward, backward]}, path)
-    assert json.loads(path.read_text())["rows"][1]["op"] == "bias_gelu"
-    assert [p.name for p in path.parent.iterdir()] == ["a.json"]
+
+
+def test_a_run_writes_one_file(tmp_path, monkeypatch, capsys):
+    """With a GPU to believe in: the tests' counts, the rows, versions and the file's name."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(gpu_proof, "run_tests", lambda collect_only: {"passed": 3, "failed": 1})
+    on_cpu = workloads("S", 1, latent=4, device="cpu")[-2:]
+    monkeypatch.setattr(gpu_proof, "workloads", lambda *_args, **_kwargs: on_cpu)
+    monkeypatch.setattr(gpu_proof, "bench", lambda function: (function(), (1.0, 2.0, 3.0))[1])
+    with pytest.raises(SystemExit) as exit_status:
+        cli.main(["gpu-proof"])
+    assert exit_status.value.code == 1  # a test failed
+    (path,) = (tmp_path / "benchmarks" / "results").iterdir()
+    assert path.name.startswith("gpu-proof-nvidia-h100-80gb-hbm3-")
+    found = json.loads(path.read_text())
+    assert found["tests"] == {"passed": 3, "failed": 1}
+    assert found["data_sheet"] == "H100"
+    assert [(r["op"], r["pass"]) for r in found["rows"]] == [
+        ("unpatchify", "forward"),
+        ("unpatchify", "backward"),
+        ("diffusion_step", "forward"),
+    ]
+    assert all(r["eager_us"] == 2.0 and r["modelled_us"] > 0 for r in found["rows"])
+    assert "wrote" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

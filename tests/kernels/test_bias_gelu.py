@@ -173,8 +173,8 @@ BUDGET = {
 
 @pytest.mark.parametrize(
     ("arch", "dtype"),
-    [(arch, dtype) for arch in ARCHITECTURES for dtype in (torch.float32, torch.bfloat16)]
-    + [("sm_80", torch.float16)],
+    [(arch, torch.bfloat16) for arch in ARCHITECTURES]
+    + [("sm_80", torch.float32), ("sm_120", torch.float32), ("sm_90", torch.float16)],
 )
 def test_compiled_code(arch, dtype):
     for width in patch_cases.WIDTHS.values():

@@ -1,19 +1,24 @@
-"""The patch_embed kernels: numbers, each gradient, traffic, compiled code, and the op."""
+"""The patch_embed kernels: numbers, each gradient, traffic, and the op that runs them."""
 
 from __future__ import annotations
-
-import math
 
 import patch_cases
 import pytest
 import torch
-from patch_cases import ARCHITECTURES, DTYPES, beats_eager, error, run, seeded
+from patch_cases import (
+    ALL,
+    DTYPES,
+    beats_eager,
+    check_patch_gradients,
+    error,
+    patch_inputs,
+    run,
+    seeded,
+)
 
 import fastdit
 from fastdit import reference
 from fastdit.kernels import patch_embed as kernels
-
-ALL = [True] * 4
 
 # samples, channels, size, patch, D: DiT's patches; a deep one; odd, non-square, 1-D, one pixel.
 CASES = [
@@ -27,50 +32,29 @@ CASES = [
 ]
 
 
-def inputs(case, dtype, pos_dtype=None):
-    """x, weight, bias, pos, and the gradient of the tokens; K terms of a token sum to about 1."""
-    samples, channels, size, patch, width = case
-    depth, tokens = channels * math.prod(patch), math.prod(size) // math.prod(patch)
-    x = seeded(samples, channels, *size, seed=0, dtype=dtype)
-    weight = (seeded(width, channels, *patch, seed=1) / depth**0.5).to(dtype)
-    bias = seeded(width, seed=2, dtype=dtype)
-    pos = seeded(1, tokens, width, seed=3, dtype=pos_dtype or dtype)
-    dtokens = seeded(samples, tokens, width, seed=4, dtype=torch.promote_types(dtype, pos.dtype))
-    return (x, weight, bias, pos), dtokens
-
-
-def check_gradients(got, args, dtokens, floor=True):
-    truth = patch_cases.gradients("patch_embed", args, dtokens, torch.float64)
-    eager = patch_cases.gradients("patch_embed", args, dtokens, None)
-    for gradient, e, t, like in zip(got, eager, truth, args, strict=True):
-        assert (gradient.shape, gradient.dtype) == (like.shape, like.dtype)
-        assert gradient.is_contiguous()
-        assert beats_eager(gradient, e, t, floor)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES)
 def test_numbers(case, dtype):
-    args, dtokens = inputs(case, dtype)
+    args, dtokens = patch_inputs(case, dtype)
     tokens, _ = run(kernels.patch_embed, *args)
     exact = reference.patch_embed(*(a.double() for a in args))
     assert (tokens.shape, tokens.dtype, tokens.is_contiguous()) == (exact.shape, dtype, True)
     assert beats_eager(tokens, reference.patch_embed(*args), exact)
     got, _ = run(kernels.patch_embed_backward, dtokens, *args, ALL)
-    check_gradients(got, args, dtokens)
+    check_patch_gradients(got, args, dtokens)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_positions_wider_than_x(dtype):
     """Autocast's mixture: the tokens and their gradient are float32, the products 16-bit."""
-    args, dtokens = inputs((2, 4, (8, 8), (2, 2), 96), dtype, torch.float32)
+    args, dtokens = patch_inputs((2, 4, (8, 8), (2, 2), 96), dtype, torch.float32)
     tokens, _ = run(kernels.patch_embed, *args)
     exact = reference.patch_embed(*(a.double() for a in args))
     assert tokens.dtype == torch.float32
     # Nothing is rounded to 16 bits on the way, where eager rounds the product.
     assert error(tokens, exact) <= 2e-6 < error(reference.patch_embed(*args), exact)
     got, _ = run(kernels.patch_embed_backward, dtokens, *args, ALL)
-    check_gradients(got, args, dtokens)
+    check_patch_gradients(got, args, dtokens)
     exact_tokens = reference.patch_embed_backward(
         dtokens.double(), *(a.double() for a in args), ALL
     )
@@ -80,27 +64,27 @@ def test_positions_wider_than_x(dtype):
 
 
 def test_positions_narrower_than_x():
-    args, dtokens = inputs((2, 3, (4, 6), (2, 2), 40), torch.float32, torch.bfloat16)
+    args, dtokens = patch_inputs((2, 3, (4, 6), (2, 2), 40), torch.float32, torch.bfloat16)
     tokens, _ = run(kernels.patch_embed, *args)
     torch.testing.assert_close(tokens, reference.patch_embed(*args), rtol=0, atol=2e-6)
     got, _ = run(kernels.patch_embed_backward, dtokens, *args, ALL)
-    check_gradients(got, args, dtokens)
+    check_patch_gradients(got, args, dtokens)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_many_rows_for_each_program(dtype):
     """Few programs: each sums several tiles of tokens, which are no multiple of a tile."""
-    args, dtokens = inputs((9, 4, (18, 14), (2, 2), 64), dtype)
+    args, dtokens = patch_inputs((9, 4, (18, 14), (2, 2), 64), dtype)
     few = {n: kernels.Tile(32, 64, 16, 4, programs=3) for n in (2, 4)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "WEIGHT", few)
         got, launches = run(kernels.patch_embed_backward, dtokens, *args, ALL)
     assert launches[0].grid == (3, 1, 1)
-    check_gradients(got, args, dtokens, floor=False)
+    check_patch_gradients(got, args, dtokens, floor=False)
 
 
 def test_without_bias_and_positions():
-    (x, weight, _bias, _pos), dtokens = inputs(CASES[0], torch.float32)
+    (x, weight, _bias, _pos), dtokens = patch_inputs(CASES[0], torch.float32)
     tokens, _ = run(kernels.patch_embed, x, weight, None, None)
     torch.testing.assert_close(tokens, reference.patch_embed(x, weight, None, None))
     got, launches = run(
@@ -120,7 +104,7 @@ def test_without_bias_and_positions():
 
 @pytest.mark.parametrize("wanted", range(4))
 def test_only_what_is_asked_for_is_computed(wanted):
-    args, dtokens = inputs(CASES[0], torch.float32)
+    args, dtokens = patch_inputs(CASES[0], torch.float32)
     mask = [index == wanted for index in range(4)]
     got, launches = run(kernels.patch_embed_backward, dtokens, *args, mask)
     everything, _ = run(kernels.patch_embed_backward, dtokens, *args, ALL)
@@ -133,7 +117,7 @@ def test_only_what_is_asked_for_is_computed(wanted):
 
 
 def test_strided_inputs():
-    (x, weight, bias, pos), dtokens = inputs((2, 4, (8, 6), (2, 3), 40), torch.float32)
+    (x, weight, bias, pos), dtokens = patch_inputs((2, 4, (8, 6), (2, 3), 40), torch.float32)
     views = (
         x.to(memory_format=torch.channels_last),
         weight.to(memory_format=torch.channels_last),
@@ -155,7 +139,7 @@ def test_strided_inputs():
 
 def test_offsets_beyond_32_bits():
     """Samples 2^30 + 3 elements apart: the third begins beyond 2^31."""
-    args, dtokens = inputs((3, 4, (4, 4), (2, 2), 32), torch.bfloat16)
+    args, dtokens = patch_inputs((3, 4, (4, 4), (2, 2), 32), torch.bfloat16)
     far = torch.empty(2**31 + 2**10, dtype=torch.bfloat16)
     far = far.as_strided((3, 4, 4, 4), (2**30 + 3, 16, 4, 1))
     far.copy_(args[0])
@@ -169,7 +153,7 @@ def test_offsets_beyond_32_bits():
 
 
 def test_what_the_kernels_leave_to_eager():
-    (x, weight, bias, pos), dtokens = inputs(CASES[0], torch.bfloat16)
+    (x, weight, bias, pos), dtokens = patch_inputs(CASES[0], torch.bfloat16)
     assert kernels._unsupported(x, weight, bias, pos) is None
     wide = torch.empty(1, 2**15 + 1, 2**8, 2**8, device="meta")
     kernel = torch.empty(8, 2**15 + 1, 2, 2, device="meta")
@@ -183,7 +167,7 @@ def test_what_the_kernels_leave_to_eager():
 
 @pytest.mark.parametrize(("samples", "width"), [(0, 8), (2, 0)])
 def test_empty(samples, width):
-    args, dtokens = inputs((2, 3, (4, 4), (2, 2), 8), torch.float32)
+    args, dtokens = patch_inputs((2, 3, (4, 4), (2, 2), 8), torch.float32)
     x, weight, bias, pos = args[0][:samples], *(a[..., :width] for a in args[1:])
     weight = args[1][:width]
     dtokens = dtokens[:samples, :, :width]
@@ -200,7 +184,7 @@ def test_empty(samples, width):
 def test_traffic_is_the_least(dtype):
     """The tokens cross once each way. The latents are gathered once by each program of a row of
     tokens: here the 3 tiles of D have one each, and their repeats stay in the cache."""
-    args, dtokens = inputs((2, 4, (8, 8), (2, 2), 192), dtype)
+    args, dtokens = patch_inputs((2, 4, (8, 8), (2, 2), 192), dtype)
     tokens, (forward,) = run(kernels.patch_embed, *args)
     assert forward.trace.stored == {"out_ptr": tokens.nbytes}
     assert forward.grid == (1, 3, 1)
@@ -229,131 +213,15 @@ def test_traffic_is_the_least(dtype):
 
 
 def test_second_run_is_bit_equal():
-    args, dtokens = inputs((4, 4, (16, 16), (2, 2), 64), torch.bfloat16)
+    args, dtokens = patch_inputs((4, 4, (16, 16), (2, 2), 64), torch.bfloat16)
     first, launches = run(kernels.patch_embed_backward, dtokens, *args, ALL)
     second, _ = run(kernels.patch_embed_backward, dtokens, *args, ALL)
     assert launches[0].grid[0] > 1
     assert all(map(torch.equal, first, second))
 
 
-# Registers at most and occupancy at least, on NVIDIA, of any DiT's patch.
-BUDGET = {
-    ("forward_kernel", 2): (128, 0.25),
-    ("forward_kernel", 4): (128, 0.25),
-    ("weight_kernel", 2): (128, 0.25),
-    ("weight_kernel", 4): (88, 0.25),
-    ("input_kernel", 2): (72, 0.33),
-    ("input_kernel", 4): (70, 0.41),
-    ("sum_rows_kernel", 2): (48, 0.62),
-    ("sum_rows_kernel", 4): (48, 0.62),
-}
-
-
-def compiled(arch, patch, dtype, pos_dtype=None, widths=(1152,)):
-    for width in widths:
-        x = torch.empty(32, 4, 32, 32, dtype=dtype, device="meta")
-        weight = torch.empty(width, 4, patch, patch, dtype=dtype, device="meta")
-        bias = torch.empty(width, dtype=dtype, device="meta")
-        tokens = (32 // patch) ** 2
-        pos = torch.empty(1, tokens, width, dtype=pos_dtype or dtype, device="meta")
-        args = (x, weight, bias, pos)
-        out, forward = run(kernels.patch_embed, *args, arch=arch, mode="compile")
-        _, backward = run(kernels.patch_embed_backward, out, *args, ALL, arch=arch, mode="compile")
-        yield from (*forward, *backward)
-
-
-@pytest.mark.parametrize(
-    ("arch", "patch", "dtype"),
-    [(arch, 2, torch.bfloat16) for arch in ARCHITECTURES]
-    + [("sm_80", 8, torch.bfloat16), ("sm_90", 8, torch.bfloat16), ("sm_100", 8, torch.bfloat16)]
-    + [("sm_90", 2, torch.float32), ("sm_120", 2, torch.float32)],
-)
-def test_compiled_code(arch, patch, dtype):
-    """At DiT-S, B, L and XL's widths, which share their code."""
-    for launch in compiled(arch, patch, dtype, widths=patch_cases.WIDTHS.values()):
-        found = patch_cases.resources(launch)
-        assert found.spills == found.stack_bytes == 0
-        assert found.loads_wide > 0
-        products = launch.name != "sum_rows_kernel" and dtype != torch.float32
-        if arch.startswith("sm_"):
-            registers, occupancy = BUDGET[launch.name, dtype.itemsize]
-            assert found.registers <= registers
-            assert found.occupancy.fraction >= occupancy - 0.01
-            assert (found.tensor_core > 0) == products
-            # The tokens leave 128 bits at a time; partial sums too, but for the bias's row.
-            if launch.name == "forward_kernel":
-                assert found.stores_narrow == 0 < found.stores_wide
-            if launch.name == "weight_kernel":
-                assert found.stores_narrow <= 1 <= found.stores_wide
-        elif products:
-            assert found.tensor_core > 0
-
-
-@pytest.mark.parametrize(
-    ("arch", "patch", "dtype", "pos_dtype"),
-    [
-        ("sm_80", 8, torch.float32, None),
-        ("sm_80", 1, torch.bfloat16, None),
-        ("sm_90", 4, torch.float16, None),
-        ("sm_80", 2, torch.bfloat16, torch.float32),
-        ("sm_90", 8, torch.bfloat16, torch.float32),
-        ("gfx942", 4, torch.bfloat16, torch.float32),
-    ],
-)
-def test_other_mixtures_compile_without_spilling(arch, patch, dtype, pos_dtype):
-    for launch in compiled(arch, patch, dtype, pos_dtype):
-        found = patch_cases.resources(launch)
-        assert found.spills == found.stack_bytes == 0
-        if launch.name in ("weight_kernel", "input_kernel") and dtype != torch.float32:
-            assert found.tensor_core > 0  # a float32 gradient does not leave them
-
-
-# Warp instructions of PTX for 2 samples of 8×8 latents to D = 128: forward, dweight and dbias, dx.
-INSTRUCTIONS = {
-    ("sm_80", torch.bfloat16): (3016, 3976, 1652),
-    ("sm_80", torch.float32): (4976, 7184, 4452),
-    ("sm_90", torch.bfloat16): (2800, 3960, 1384),
-    ("sm_90", torch.float32): (5184, 7160, 4740),
-}
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-def test_compiled_code_simulated(arch, dtype):
-    args, dtokens = inputs(CASES[0], dtype)
-    tokens, forward = run(kernels.patch_embed, *args, arch=arch, mode="simulate")
-    exact = reference.patch_embed(*(a.double() for a in args))
-    assert beats_eager(tokens, reference.patch_embed(*args), exact)
-    got, backward = run(
-        kernels.patch_embed_backward, dtokens, *args, ALL, arch=arch, mode="simulate"
-    )
-    check_gradients(got, args, dtokens)
-    launches = {launch.name: launch.simulation for launch in (*forward, *backward)}
-    for name, simulation in launches.items():
-        assert simulation.divergent_branches == 0
-        if dtype == torch.bfloat16:
-            assert simulation.shared.conflict_ratio < 1.5
-            assert (simulation.mma_flops > 0) == (name != "sum_rows_kernel")
-    forward = launches["forward_kernel"]
-    assert forward.stores.efficiency == launches["weight_kernel"].stores.efficiency == 1.0
-    assert forward.dram_bytes == sum(a.nbytes for a in args) + tokens.nbytes
-    counts = [
-        launches[f"{name}_kernel"].warp_instructions for name in ("forward", "weight", "input")
-    ]
-    assert counts == pytest.approx(INSTRUCTIONS[arch, dtype], rel=0.03)
-
-
-def test_masks_hold_in_compiled_code():
-    args, dtokens = inputs((2, 3, (6, 5), (3, 5), 40), torch.bfloat16)
-    tokens, _ = run(kernels.patch_embed, *args, arch="sm_80", mode="simulate")
-    exact = reference.patch_embed(*(a.double() for a in args))
-    assert beats_eager(tokens, reference.patch_embed(*args), exact)
-    got, _ = run(kernels.patch_embed_backward, dtokens, *args, ALL, arch="sm_80", mode="simulate")
-    check_gradients(got, args, dtokens)
-
-
 def test_the_op_runs_the_kernels():
-    args, dtokens = inputs((2, 3, (4, 6), (2, 2), 24), torch.float32)
+    args, dtokens = patch_inputs((2, 3, (4, 6), (2, 2), 24), torch.float32)
     leaves = [a.requires_grad_() for a in args]
     torch.compiler.reset()
     compiled = torch.compile(fastdit.ops.patch_embed, fullgraph=True, backend="aot_eager")
@@ -376,7 +244,7 @@ def test_the_op_runs_the_kernels():
 
 
 def test_the_op_under_autocast():
-    (x, weight, bias, pos), _ = inputs((2, 3, (4, 6), (2, 2), 24), torch.float32)
+    (x, weight, bias, pos), _ = patch_inputs((2, 3, (4, 6), (2, 2), 24), torch.float32)
     weight.requires_grad_()
     with patch_cases.on_the_cpu("patch_embed"), torch.autocast("cpu", torch.bfloat16):
         assert fastdit.ops.patch_embed(x, weight, bias).dtype == torch.bfloat16

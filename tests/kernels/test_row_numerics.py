@@ -71,9 +71,26 @@ def test_outputs_and_gradients_against_float64(op, case, dtype):
         assert error(got, want) <= allowed + noise, f"gradient {index}"
 
 
+@pytest.mark.parametrize("op", ["adaln", "gated_adaln"])
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_saved_statistics(op, norm):
+    """Beside a mean of 100 the saved mean is the nearest float32, or its neighbour."""
+    case = Case("statistics", width=600, mean=100.0, norm=norm)
+    with on_the_cpu(), VirtualGPU("sm_90"):
+        *streams, mean, rstd = overload(op)(*case.arguments(op, torch.float32))
+    rows = (case.arguments(op, torch.float32) if op == "adaln" else streams)[0].detach().double()
+    if norm == "layer":
+        torch.testing.assert_close(mean.double(), rows.mean(-1), rtol=1e-7, atol=0)
+        rows = rows - rows.mean(-1, keepdim=True)
+    else:
+        assert mean.numel() == 0
+    truth = (rows.square().mean(-1) + 1e-6).rsqrt()
+    torch.testing.assert_close(rstd.double(), truth, rtol=3e-7, atol=0)
+
+
 @every_op
 def test_two_runs_give_the_same_bits(op):
-    case = Case("affine", width=300, affine="weight, bias")
+    case = Case("affine", width=600, affine="weight, bias")
     arguments = case.arguments(op, torch.bfloat16)
     first, second = interpreted(op, arguments), interpreted(op, arguments)
     for a, b in zip((*first[0], *first[1]), (*second[0], *second[1]), strict=True):
@@ -90,7 +107,7 @@ def traffic(launches, name: str) -> tuple[dict[str, int], dict[str, int]]:
 @pytest.mark.parametrize("kind", ["sample", "token"])
 def test_each_byte_crosses_the_bus_once(op, kind):
     """Streamed tensors, forward and backward, are loaded once and stored once, to the byte."""
-    width = 300
+    width = 600
     case = Case("traffic", width=width, gate=kind, shift=kind, scale=kind)
     _out, _grads, launches = interpreted(op, case.arguments(op, torch.bfloat16))
     rows = BATCH * TOKENS

@@ -1,5 +1,6 @@
 """The simulator's warps, barriers, memories and errors, in hand-written PTX."""
 
+import numpy as np
 import ptx_programs as ptx
 import pytest
 import torch
@@ -201,3 +202,30 @@ def test_arguments_are_checked():
         run_ptx(program, (1,), (32,), [x, x, x, torch.zeros(4, device="meta")])
     with pytest.raises(ValueError, match="kernel: got 'other', the PTX has k"):
         run_ptx(program, (1,), (32,), [x, x, x, x], kernel="other")
+
+
+STRUCT = """
+.version 8.0
+.target sm_80
+.address_size 64
+.visible .entry k(.param .align 8 .b8 call[32])
+{
+  .reg .b32 %r<4>; .reg .b64 %d<4>;
+  mov.b64 %d1, call;
+  ld.param.b32 %r1, [%d1+OFFSET];
+  ld.param.u64 %d2, [call+8];
+  st.global.b32 [%d2], %r1;
+  ret;
+}
+"""
+
+
+def test_a_struct_is_laid_out_as_in_c_and_read_through_its_address():
+    out = torch.zeros(1, dtype=torch.int32)
+    members = [np.int32(3), out, None, np.int16(1), np.int32(7)]
+    run_ptx(STRUCT.replace("OFFSET", "28"), (1,), (1,), [members])
+    assert out.item() == 7
+    with pytest.raises(MemoryFault, match="outside the kernel's parameters"):
+        run_ptx(STRUCT.replace("OFFSET", "30"), (1,), (1,), [members])
+    with pytest.raises(ValueError, match="arguments: got"):
+        run_ptx(STRUCT.replace("OFFSET", "28"), (1,), (1,), [members[:2]])

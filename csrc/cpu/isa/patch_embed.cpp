@@ -1,91 +1,138 @@
-// patch_embed: a block of patches is gathered into cache as floats and multiplied by the transposed
-// weight, six tokens by two vectors in registers; bias and position are added before the one
-// rounding. A GEMM of its own would write the tokens, and read and write them again to add pos.
-#include "cpu/patch_embed.h"
-
-#include "cpu/isa/modulation.h"
+// The forward of patch_embed: patches gathered as they are needed, a product over the K = C·p·q
+// elements of a patch, bias and position added, and each token written once.
+//
+// A tile of tokens × outputs stays in registers over all of K. For it the weight, (D, K), is laid
+// out in panels of V vectors of outputs once a call; K·D numbers beside the B·T·D of the result.
+// Every element is summed in an order that K alone decides.
+#include "cpu/isa/patches.h"
 
 namespace fastdit::FASTDIT_ISA {
 namespace {
 
-template <class X>
-INLINE float scalar(const X* from) {
-  if constexpr (__is_same(X, float)) return *from;
-  const X lanes[L] = {*from};
-  return load(lanes, Full{})[0];
-}
-
-// patches[k][r] = tap k of token `first` + r; tokens that are not there repeat the last.
-template <class X>
-NOINLINE void gather(const PatchEmbed& a, int64_t first, int64_t last, float* patches) {
-  const int64_t width = a.columns * a.q, plane = a.rows * a.p * width;
-  for (int64_t r = 0; r < kBlock; ++r) {
-    const int64_t token = first + r < last ? first + r : last;
-    const int64_t b = token / a.tokens(), t = token % a.tokens();
-    const X* corner = static_cast<const X*>(a.image) + b * a.channels * plane +
-                      t / a.columns * a.p * width + t % a.columns * a.q;
-    float* to = patches + r;
-    for (int64_t c = 0; c < a.channels; ++c)
-      for (int64_t i = 0; i < a.p; ++i)
-        for (int64_t j = 0; j < a.q; ++j, to += kBlock)
-          *to = scalar(corner + c * plane + i * width + j);
+template <class T>
+void pack(const PatchEmbed& a, int64_t begin, int64_t end) {
+  const T* weight = static_cast<const T*>(a.weight);
+  const int64_t size = a.x.size();
+  for (int64_t d = begin * kWidth; d < end * kWidth; ++d) {
+    float* to = a.panels + d / kPanel * kPanel * size + d % kPanel;
+    if (d >= a.width) {
+      for (int64_t k = 0; k < size; ++k) to[k * kPanel] = 0;
+      continue;
+    }
+    const T* row = weight + d * size;
+    for (int64_t k = 0; k < size; k += L) {
+      const int count = size - k < L ? int(size - k) : L;
+      const Vec values = count == L ? load(row + k, Full{}) : load(row + k, Tail{count});
+      for (int i = 0; i < count; ++i) to[(k + i) * kPanel] = values[i];
+    }
   }
 }
 
-template <class Out>
-FLATTEN void blocks(const PatchEmbed& a, int64_t begin, int64_t end, int64_t count,
-                    float* scratch) {
-  float *patches = scratch, *lines = scratch + scratch_row(kBlock * a.taps());
-  const int64_t stride = a.stride(), taps = a.taps();
-  for (int64_t block = begin; block < end; ++block) {
-    const int64_t first = block * kBlock, rest = count - first < kBlock ? count - first : kBlock;
-    with_type(a.type, [&](auto x) { gather<decltype(x)>(a, first, count - 1, patches); });
-    const float* pos[kBlock] = {};
-    for (int64_t r = 0; a.pos && r < rest; ++r)
-      pos[r] = floats(a.pos, 0, (first + r) % a.tokens(), a.width, lines + r * stride);
-    for (int64_t d = 0; d < a.width; d += 2 * L) {
-      const float* weight = a.weight + d;
-      const Vec left = load(weight + taps * stride, Full{});
-      const Vec right = load(weight + taps * stride + L, Full{});
-      Vec sums[kBlock][2];
-      for (int r = 0; r < kBlock; ++r) sums[r][0] = left, sums[r][1] = right;
-      for (int64_t k = 0; k < taps; ++k, weight += stride) {
-        const Vec one = load(weight, Full{}), two = load(weight + L, Full{});
-#pragma GCC unroll 6
-        for (int r = 0; r < kBlock; ++r) {
-          const Vec tap = all(patches[k * kBlock + r]);
-          sums[r][0] = muladd(tap, one, sums[r][0]);
-          sums[r][1] = muladd(tap, two, sums[r][1]);
-        }
-      }
-      for (int64_t r = 0; r < rest; ++r) {
-        Out* out = static_cast<Out*>(a.out) + (first + r) * a.width + d;
-        const float* added = pos[r] ? pos[r] + d : nullptr;
-        sweep<1>(a.width - d < 2 * L ? a.width - d : 2 * L, [&](int64_t at, auto part, int) {
-          const Vec sum = sums[r][at / L];
-          store(out + at, added ? sum + load(added + at, part) : sum, part);
-        });
+struct NoPos {
+  template <class Part>
+  INLINE Vec at(int64_t, int64_t, Part) const {
+    return Vec{};
+  }
+};
+template <class P>
+struct Pos {
+  const P* data;
+  int64_t token;
+
+  template <class Part>
+  INLINE Vec at(int64_t n, int64_t d, Part part) const {
+    return load(data + n * token + d, part);
+  }
+};
+
+// Outputs [d, d + kPanel) of `count` tokens from `first` on.
+template <class T, class P>
+INLINE void tile(const PatchEmbed& a, const P& pos, const float* patches, int64_t first, int count,
+                 int64_t d) {
+  const int64_t size = a.x.size(), tokens = a.x.tokens();
+  const float* panel = a.panels + d * size;
+  Vec sums[R][V];
+  product<V>(patches, size, 1, panel, kPanel, size < kChain ? size : kChain, sums);
+  for (int64_t k = kChain; k < size; k += kChain) {
+    const int64_t count = size - k < kChain ? size - k : kChain;
+    Vec more[R][V];
+    product<V>(patches + k, size, 1, panel + k * kPanel, kPanel, count, more);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) sums[r][v] += more[r][v];
+  }
+  const auto finish = [&](int r, int v, auto part) __attribute__((always_inline)) {
+    const int64_t at = d + v * L;
+    Vec sum = sums[r][v] + load(a.biases + at, Full{});
+    sum += pos.at((first + r) % tokens, at, part);
+    store(static_cast<T*>(a.tokens) + (first + r) * a.width + at, sum, part);
+  };
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    if (r >= count) break;
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) {
+      const int64_t left = a.width - d - v * L;
+      if (left >= L) {
+        finish(r, v, Full{});
+      } else if (left > 0) {
+        finish(r, v, Tail{int(left)});
       }
     }
   }
 }
 
-}  // namespace
-
-void patch_embed_blocks(const PatchEmbed& a, int64_t begin, int64_t end, int64_t count,
-                        float* scratch) {
-  with_type(a.out_type, [&](auto out) { blocks<decltype(out)>(a, begin, end, count, scratch); });
+template <class T, class P>
+NOINLINE void tokens(const PatchEmbed& a, const P& pos, const float* patches, int64_t first,
+                     int count) {
+  for (int64_t d = 0; d < a.width; d += kPanel)
+    for (int r = 0; r < count; r += R)
+      tile<T>(a, pos, patches + r * a.x.size(), first + r, count - r, d);
 }
 
-void pack_weight(const PatchEmbed& a, const void* weight, const Modulation& bias, float* to) {
-  const int64_t taps = a.taps(), stride = a.stride();
-  __builtin_memset(to, 0, (taps + 1) * stride * sizeof(float));
-  with_type(a.type, [&](auto storage) {
-    const auto* from = static_cast<const decltype(storage)*>(weight);
-    for (int64_t d = 0; d < a.width; ++d)
-      for (int64_t k = 0; k < taps; ++k) to[k * stride + d] = scalar(from + d * taps + k);
+template <class T>
+void tokens_with_pos(const PatchEmbed& a, const float* patches, int64_t first, int count) {
+  if (!a.pos) return tokens<T>(a, NoPos{}, patches, first, count);
+  with_type(a.pos.type, [&](auto p) {
+    using P = decltype(p);
+    // The result is of the wider type: a pos wider than it does not exist.
+    if constexpr (sizeof(P) <= sizeof(T))
+      tokens<T>(a, Pos<P>{static_cast<const P*>(a.pos.data), a.pos.token}, patches, first, count);
   });
-  if (bias) converted(bias, 0, a.width, to + taps * stride);
+}
+
+}  // namespace
+
+void pack_panels(const PatchEmbed& a, int64_t begin, int64_t end) {
+  with_type(a.x.type, [&](auto type) {
+    using T = decltype(type);
+    pack<T>(a, begin, end);
+    const T* bias = static_cast<const T*>(a.bias);
+    for (int64_t d = begin * kWidth; d < end * kWidth; d += L) {
+      const int64_t left = bias ? a.width - d : 0;
+      const Vec values = left >= L  ? load(bias + d, Full{})
+                         : left > 0 ? load(bias + d, Tail{int(left)})
+                                    : Vec{};
+      store(a.biases + d, values, Full{});
+    }
+  });
+}
+
+void embed_tokens(const PatchEmbed& a, int64_t begin, int64_t end, float* scratch) {
+  const int64_t size = a.x.size();
+  for (int64_t first = begin; first < end; first += kTokens) {
+    const int count = end - first < kTokens ? int(end - first) : int(kTokens);
+    with_type(a.x.type, [&](auto type) {
+      for (int r = 0; r < count; ++r)
+        gather<decltype(type)>(a.x, first + r, scratch + r * size);
+    });
+    // Rows of a tile behind the last token are multiplied too, and not stored.
+    for (int64_t i = count * size; i < kTokens * size; ++i) scratch[i] = 0;
+    with_type(a.type, [&](auto type) {
+      tokens_with_pos<decltype(type)>(a, scratch, first, count);
+    });
+  }
 }
 
 }  // namespace fastdit::FASTDIT_ISA

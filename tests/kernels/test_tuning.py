@@ -1,0 +1,239 @@
+"""Autotuning with a fake GPU and a fake timer: what is timed, kept, shared, and survived."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from dataclasses import dataclass
+
+import patch_cases
+import pytest
+import torch
+import triton
+from patch_cases import seeded
+
+from fastdit.kernels import bias_gelu, tuning
+
+
+@dataclass(frozen=True)
+class Row:
+    block: int
+    num_warps: int = 4
+
+
+SLOW, FAST, BROKEN = Row(64), Row(128), Row(1 << 20)
+
+
+class Timed:
+    """Counts what is timed; 128 is the fastest, and 2^20 does not fit."""
+
+    last: Row | None = None
+
+    def __init__(self) -> None:
+        self.ran: list[Row] = []
+
+    def __call__(self, row: Row) -> None:
+        self.ran.append(row)
+        Timed.last = row
+        if row == BROKEN:
+            raise triton.runtime.errors.OutOfResources(1 << 20, 1 << 16, "shared memory")
+
+
+def a_gpu(monkeypatch, tmp_path, name="NVIDIA H100 80GB HBM3"):
+    """A GPU to believe in, an empty cache, autotuning on."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+    def benchmark(function):
+        function()
+        return 1.0 if Timed.last == FAST else 2.0
+
+    monkeypatch.setattr(tuning, "benchmark", benchmark)
+    monkeypatch.setitem(tuning._state, "enabled", True)
+    forget(monkeypatch)
+
+
+def forget(monkeypatch):
+    """As in a new process."""
+    monkeypatch.setattr(tuning, "_chosen", {})
+    monkeypatch.setattr(tuning, "_read", set())
+
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    a_gpu(monkeypatch, tmp_path)
+    return tmp_path / "fastdit"
+
+
+def choose(run, key=(1024, torch.bfloat16)):
+    return tuning.choose("op", key, SLOW, [SLOW, FAST, BROKEN], run)
+
+
+def files(folder):
+    return sorted(path.name for path in folder.iterdir() if path.suffix != ".lock")
+
+
+def test_off_by_default_nothing_is_timed():
+    run = Timed()
+    assert choose(run) == SLOW
+    assert run.ran == []
+
+
+def test_the_fastest_is_chosen_once_and_stored(gpu, monkeypatch):
+    run = Timed()
+    assert choose(run) == FAST
+    assert run.ran == [SLOW, FAST, BROKEN]
+    assert choose(run) == FAST
+    assert len(run.ran) == 3
+    name = f"autotune-nvidia-h100-80gb-hbm3-triton-{triton.__version__}.json"
+    assert files(gpu) == [name]
+    (row,) = json.loads((gpu / name).read_text())["op"].values()
+    assert row == {"config": {"block": 128, "num_warps": 4}, "microseconds": 1.0}
+    forget(monkeypatch)  # another process
+    assert choose(run) == FAST
+    assert len(run.ran) == 3
+
+
+def test_another_shape_dtype_device_or_version_is_timed_anew(gpu, monkeypatch):
+    run = Timed()
+    for key in ((1024, torch.bfloat16), (2048, torch.bfloat16), (1024, torch.float32)):
+        choose(run, key)
+    assert len(run.ran) == 9
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA B200")
+    choose(run)
+    monkeypatch.setattr(triton, "__version__", "9.9.9")
+    choose(run)
+    assert len(run.ran) == 15
+    assert len(files(gpu)) == 3
+
+
+def test_shape_classes():
+    assert [tuning.shape_class(n) for n in (1, 5, 8, 8193)] == [1, 8, 8, 16384]
+
+
+def test_a_choice_that_the_table_no_longer_has_is_timed_again(gpu, monkeypatch):
+    choose(Timed())
+    forget(monkeypatch)
+    run = Timed()
+    assert tuning.choose("op", (1024, torch.bfloat16), SLOW, [Row(32)], run) == SLOW
+    assert run.ran == [SLOW, Row(32)]
+
+
+def test_where_nothing_can_run_the_default_tells_why(gpu):
+    assert tuning.choose("op", (), BROKEN, [], Timed()) == BROKEN
+    assert not gpu.exists()
+
+
+def test_capturing_a_graph_times_nothing(gpu, monkeypatch):
+    run = Timed()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert choose(run) == SLOW
+    assert run.ran == []
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    choose(run)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert choose(run) == FAST
+
+
+@pytest.mark.parametrize("content", ["", '{"op": {"k', "[1, 2]", '{"op": 3}', '{"op": {"k": 4}}'])
+def test_a_corrupt_file_is_reported_and_replaced(gpu, monkeypatch, content):
+    choose(Timed())
+    (name,) = files(gpu)
+    (gpu / name).write_text(content)
+    forget(monkeypatch)
+    with pytest.warns(
+        RuntimeWarning, match="autotune: cannot read .*; its choices are timed again"
+    ):
+        assert choose(Timed()) == FAST
+    assert "op" in json.loads((gpu / name).read_text())
+    assert files(gpu) == [name]
+
+
+def test_a_write_that_is_cut_off_leaves_the_old_file(gpu, monkeypatch):
+    choose(Timed())
+    (name,) = files(gpu)
+    before = (gpu / name).read_text()
+
+    def cut_off(*_args, **_kwargs):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "replace", cut_off)
+    with pytest.warns(RuntimeWarning, match="cannot write .*no space left.*as this process"):
+        assert choose(Timed(), (2048, torch.bfloat16)) == FAST
+    assert (gpu / name).read_text() == before
+    assert files(gpu) == [name]  # and no half-written file beside it
+    run = Timed()
+    assert choose(run, (2048, torch.bfloat16)) == FAST
+    assert run.ran == []
+
+
+def test_a_directory_that_cannot_be_made(gpu, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.warns(RuntimeWarning, match="autotune: cannot (read|write)"):
+        assert choose(Timed()) == FAST
+
+
+def _another_process(path, barrier, number):
+    with pytest.MonkeyPatch.context() as patch:
+        a_gpu(patch, path)
+        barrier.wait()
+        for index in range(5):
+            choose(Timed(), (number, index))
+
+
+def test_two_processes_lose_nothing_of_each_other(tmp_path):
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(2)
+    workers = [
+        context.Process(target=_another_process, args=(tmp_path, barrier, n)) for n in range(2)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    (path,) = (tmp_path / "fastdit").glob("*.json")
+    assert len(json.loads(path.read_text())["op"]) == 10
+
+
+def test_without_a_gpu_it_is_refused_or_ignored_with_the_reason(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match="autotune: there is no GPU to time on"):
+        tuning.enable()
+    monkeypatch.setitem(tuning._state, "enabled", True)  # as by FASTDIT_AUTOTUNE=1
+    run = Timed()
+    with pytest.warns(RuntimeWarning, match="no GPU to time on; the tables of heuristics stand"):
+        assert choose(run) == SLOW
+    assert run.ran == []
+
+
+def test_enable_and_disable(gpu):
+    tuning.disable()
+    assert choose(Timed()) == SLOW
+    tuning.enable()
+    assert choose(Timed()) == FAST
+
+
+def test_every_candidate_of_a_launcher_computes_the_same(gpu):
+    """bias_gelu's launchers hand over runs that work, and use what was chosen."""
+    x, bias, dout = seeded(40, 96, seed=0), seeded(96, seed=1), seeded(40, 96, seed=2)
+    tuning.disable()
+    (out, grads), _ = patch_cases.run(both, dout, x, bias)
+    tuning.enable()
+    with patch_cases.VirtualGPU("sm_90") as virtual:
+        tuned, tuned_grads = both(dout, x, bias)
+    assert len(virtual.launches) > 3 + len(bias_gelu.FORWARD_CANDIDATES)
+    assert torch.equal(out, tuned)
+    for got, want in zip(tuned_grads, grads, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+    (name,) = files(gpu)
+    stored = json.loads((gpu / name).read_text())
+    assert set(stored) == {"bias_gelu", "bias_gelu_backward"}
+
+
+def both(dout, x, bias):
+    return bias_gelu.bias_gelu(x, bias), bias_gelu.bias_gelu_backward(dout, x, bias)
