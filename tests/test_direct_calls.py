@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
 
 import pytest
@@ -13,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdit
 from fastdit import backends, native, ops, reference
+from fastdit.ops import _library
 
 B, N, D = 2, 5, 24
 
@@ -179,6 +181,33 @@ def test_gradients_are_not_lost(grad):
         assert (backends.direct("gated_residual")(x, x, gate) is None) == torch.is_grad_enabled()
         assert out.requires_grad == torch.is_grad_enabled()
         assert type(out) is torch.Tensor
+
+
+@every_op
+def test_autograd_calls_the_kernels_and_their_backward(op, monkeypatch):
+    """Under "native" at any size, under "auto" where it is faster: gradients of the reference,
+    once, by the kernel's own backward."""
+    args = tuple(
+        a.clone().requires_grad_() if isinstance(a, torch.Tensor) else a for a in arguments(op)
+    )
+    leaves = [a for a in args if isinstance(a, torch.Tensor)]
+    backward = backends.kernels_for(f"{op}_backward", "cpu")[0]
+    ran = []
+    seeing = dataclasses.replace(backward, run=lambda *a: ran.append(op) or backward.run(*a))
+    monkeypatch.setitem(backends._kernels, (f"{op}_backward", "cpu"), [seeing])
+    with fastdit.backend("native"):
+        out = outputs(_library.OPS[op](*args))
+    eager = outputs(getattr(reference, op)(*args))
+    dout = [plain(*e.shape, seed=8) for e in eager]
+    got = torch.autograd.grad(out, leaves, dout, create_graph=True)
+    assert ran == [op]
+    for g, e in zip(got, torch.autograd.grad(eager, leaves, dout), strict=True):
+        torch.testing.assert_close(g, e)
+    with pytest.raises(RuntimeError, match=f"{op}_backward cannot be differentiated"):
+        sum(g.sum() for g in got).backward()
+    choice = backends._choice(op, "cpu", args)
+    assert choice.runs == "reference"
+    assert "eager PyTorch is faster below" in choice.rejected[0][1]
 
 
 @every_op

@@ -17,6 +17,15 @@ from fastdit.native_kernels import direct
 from fastdit.ops import _library
 
 NAMES = ("adaln", "gated_adaln", "gated_residual", "bias_gelu")
+_WORTH_A_NODE = {
+    "adaln": 65536,
+    "gated_adaln": 49152,
+    "gated_residual": 262144,
+    "bias_gelu": 24576,
+}
+"""Elements of x from which a differentiated call is faster than eager, forward and backward
+together: an autograd node in Python costs 100 µs, eager's nodes in C++ a few each. Without
+gradients the kernels are faster at every size. (One thread, AVX-512; benchmarks/.)"""
 STORED = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -28,12 +37,23 @@ def unsupported(*args) -> str | None:
     return None
 
 
+def _slower(name: str) -> Callable[..., str | None]:
+    least = _WORTH_A_NODE[name]
+
+    def slower(x, *rest) -> str | None:
+        if x.numel() >= least or not _library.differentiates((x, *rest)):
+            return None
+        return f"x has {x.numel()} elements; differentiated, eager PyTorch is faster below {least}"
+
+    return slower
+
+
 def kernel(name: str, run: Callable[..., Any] | None = None, **options) -> backends.Kernel:
     """The library's op `name`, or `run` around it, as a kernel on CPUs.
 
     The op has the schema of `torch.ops.fastdit`'s, and its fake.
     """
-    torch.library.register_fake(f"fastdit_native::{name}", _library.FAKES[name])
+    torch.library.register_fake(f"fastdit_native::{name}", _library.DEFINITIONS[name].fake)
     op = getattr(torch.ops.fastdit_native, name).default
     return backends.Kernel(name, "cpu", "csrc", run or op, unsupported, **options)
 
@@ -45,7 +65,7 @@ def _direct_calls() -> dict[str, Callable[..., Any] | None]:
 
 KERNELS = (
     *(
-        kernel(name, checks_arguments=True, direct=direct_call)
+        kernel(name, checks_arguments=True, direct=direct_call, slower=_slower(name))
         for name, direct_call in _direct_calls().items()
     ),
     *(kernel(f"{name}_backward") for name in NAMES),

@@ -18,15 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 
 from fastdit import backends
 
 _LIB = torch.library.Library("fastdit", "DEF")
 OPS: dict[str, Op] = {}
 _PLAIN = (Tensor, torch.nn.Parameter)
-FAKES: dict[str, Callable[..., Any]] = {}
-"""The fake kernel of every op; a compiled kernel with the same schema has the same."""
+DEFINITIONS: dict[str, Definition] = {}
+"""Every op with a schema, backward ops included. A compiled kernel with the same schema has the
+same fake."""
 
 
 def _without_autocast(run: Callable[..., Any], device: str, args: tuple[Any, ...]) -> Any:
@@ -36,7 +36,8 @@ def _without_autocast(run: Callable[..., Any], device: str, args: tuple[Any, ...
     return run(*args)
 
 
-def _differentiates(args: tuple[Any, ...]) -> bool:
+def differentiates(args: tuple[Any, ...]) -> bool:
+    """Whether autograd has to see a call with these arguments."""
     return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
 
 
@@ -63,33 +64,48 @@ def _ordinary(args: tuple[Any, ...]) -> bool:
     )
 
 
-def define(
-    schema: str, reference: Callable[..., Any], fake: Callable[..., Any]
-) -> Callable[..., Any]:
-    """Define `torch.ops.fastdit.<name>`: the chosen kernel, else `reference`, never autocast.
+class Definition:
+    """`torch.ops.fastdit.<name>`: the chosen kernel, else `reference`, never autocast.
 
-    The first argument of the schema is a tensor: its device is the op's.
-
-    Returns:
-        A call of the op, past the dispatcher where that would only cost time (20 µs).
+    The first argument of the schema is a tensor: its device is the op's. Called, it is the op, past
+    the dispatcher where that would only cost time (20 µs).
     """
-    name = schema.partition("(")[0]
-    _LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
 
-    def kernel(*args: Any) -> Any:
+    def __init__(
+        self, schema: str, reference: Callable[..., Any], fake: Callable[..., Any]
+    ) -> None:
+        self.name = schema.partition("(")[0]
+        self.reference, self.fake = reference, fake
+        tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+        _LIB.define(schema, tags=tags)
+        _LIB.impl(self.name, self.run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fastdit::{self.name}", fake, lib=_LIB)
+        self.overload = getattr(torch.ops.fastdit, self.name).default
+        DEFINITIONS[self.name] = self
+
+    def run(self, *args: Any) -> Any:
+        """What is behind the op."""
         device = args[0].device.type
-        chosen = backends.select(name, device, args)
-        return _without_autocast(chosen.run if chosen else reference, device, args)
+        chosen = backends.select(self.name, device, args)
+        return _without_autocast(chosen.run if chosen else self.reference, device, args)
 
-    FAKES[name] = fake
-    _LIB.impl(name, kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastdit::{name}", fake, lib=_LIB)
-    overload = getattr(torch.ops.fastdit, name).default
+    def __call__(self, *args: Any) -> Any:
+        at_once = _ordinary(args) and not differentiates(args)
+        return self.run(*args) if at_once else self.overload(*args)
 
-    def call(*args: Any) -> Any:
-        return (kernel if _ordinary(args) and not _differentiates(args) else overload)(*args)
 
-    return call
+def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> Definition:
+    """Define `torch.ops.fastdit.<name>`, a backward op: it has no gradient of its own."""
+    definition = Definition(schema, reference, fake)
+
+    def refuse(_ctx: Any, *_gradients: Any) -> Any:
+        raise RuntimeError(
+            f"{definition.name} cannot be differentiated; second derivatives need "
+            "fastdit.backend('reference')"
+        )
+
+    torch.library.register_autograd(f"fastdit::{definition.name}", refuse, lib=_LIB)
+    return definition
 
 
 def gradient_like(inputs: tuple[Tensor | None, ...], x: Tensor) -> tuple[Tensor, ...]:
@@ -129,8 +145,8 @@ class Op:
         self.name = schema.partition("(")[0]
         self.reference = reference
         self.returns = returns
-        call = define(schema, saving or reference, fake)
-        self.overload = getattr(torch.ops.fastdit, self.name).default
+        definition = Definition(schema, saving or reference, fake)
+        self.overload = definition.overload
         torch.library.register_autograd(
             f"fastdit::{self.name}", backward, setup_context=setup_context, lib=_LIB
         )
@@ -140,9 +156,9 @@ class Op:
             self.name,
             (torch.autograd.Function,),
             {
-                "forward": staticmethod(call),
+                "forward": staticmethod(definition.run),
                 "setup_context": staticmethod(setup_context),
-                "backward": staticmethod(once_differentiable(backward)),
+                "backward": staticmethod(backward),
             },
         )
         OPS[self.name] = self
@@ -176,7 +192,7 @@ class Op:
         direct = backends.direct(self.name)
         if direct is not None and (results := direct(*args)) is not None:
             return results
-        if not isinstance(args[0], Tensor) or _differentiates(args) or not _ordinary(args):
+        if not isinstance(args[0], Tensor) or differentiates(args) or not _ordinary(args):
             return None
         device = args[0].device.type
         kernel = backends.select(self.name, device, args)
@@ -199,7 +215,7 @@ class Op:
         if chosen is None:
             return self.reference(*args)
         if _ordinary(args):
-            if _differentiates(args):
+            if differentiates(args):
                 return self._returned(self.function.apply(*args))
             return self._returned(_without_autocast(chosen.run, device, args))
         if (
