@@ -125,6 +125,21 @@ def test_every_option_in_every_mixture_of_dtypes(isa, width, low):
         check("bias_gelu_backward", dout, x, bias)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_every_16_bit_number_is_read_and_rounded_as_torch_does(isa, dtype):
+    """To nearest even, with ties, subnormal numbers, infinities and NaN; 0 + 1·y is y."""
+    library, one = torch.ops.fastdit_native, torch.ones(1, 2**16)
+    halves = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(dtype)[None, None]
+    read = library.gated_residual(torch.zeros_like(halves, dtype=torch.float32), halves, one)
+    torch.testing.assert_close(read, halves.float(), rtol=0, atol=0, equal_nan=True)
+    above = halves.float().nextafter(torch.tensor(torch.inf))
+    finite = torch.where(halves.isfinite(), halves, 1)
+    halfway = (finite.double() + torch.roll(finite, -1).double()).div(2).float()
+    for value in (halves.float(), above, halfway, halfway.nextafter(one), torch.randn(1, 1, 2**16)):
+        stored = library.gated_residual(torch.zeros_like(halves), value, one)
+        torch.testing.assert_close(stored, value.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
 # ---- GELU ---------------------------------------------------------------------------------------
 
 
@@ -180,6 +195,11 @@ def calls(tokens: int = 100, width: int = 400) -> dict[str, tuple]:
         "gated_residual_backward": (dout, y, gate),
         "bias_gelu_backward": (dout, x, bias),
     }
+
+
+@pytest.mark.parametrize("op", [op for op in calls(1, 1) if op.endswith("backward")])
+def test_sums_over_many_chunks_of_rows(op):
+    check(op, *calls(tokens=101, width=40)[op])
 
 
 @pytest.mark.parametrize("op", calls(1, 1))

@@ -13,7 +13,7 @@ FLATTEN void forward(const BiasGelu& a, int64_t begin, int64_t end, const float*
     const X* x = static_cast<const X*>(a.x) + row * a.width;
     X* out = static_cast<X*>(a.out) + row * a.width;
     sweep<1>(a.width, [&](int64_t d, auto part, int) {
-      store(out + d, gelu(load(x + d, part) + load(bias + d, part)), part);
+      store(out + d, gelu<sizeof(X) == 4>(load(x + d, part) + load(bias + d, part)), part);
     });
   }
 }
