@@ -49,6 +49,7 @@ def forward(case: str, compiled: bool = False) -> Candidates:
     args = arguments(case)
     found: Candidates = {"eager": lambda: reference.patch_embed(*args)}
     if compiled:
+        torch.compiler.reset()  # each case is compiled for itself
         fused = torch.compile(reference.patch_embed, fullgraph=True, dynamic=False)
         found["torch.compile"] = lambda: fused(*args)
     found["fastdit.ops"] = lambda: ops.patch_embed(*args)
@@ -63,6 +64,7 @@ def backward(case: str, with_x: bool, compiled: bool = False) -> Candidates:
     leaves = [t.requires_grad_() for t in ((x, weight, bias) if with_x else (weight, bias))]
     functions = {"eager": reference.patch_embed}
     if compiled:
+        torch.compiler.reset()  # each case is compiled for itself
         functions["torch.compile"] = torch.compile(reference.patch_embed, dynamic=False)
     functions["fastdit.ops"] = ops.patch_embed
     found: Candidates = {}

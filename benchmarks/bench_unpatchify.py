@@ -37,6 +37,7 @@ def candidates(case: str, compiled: bool = False, backward: bool = False) -> Can
         eager, kernel = reference.unpatchify, native.unpatchify.default
     found: Candidates = {"eager": lambda: eager(x, patch, grid, channels)}
     if compiled:
+        torch.compiler.reset()  # each case is compiled for itself
         fused = torch.compile(eager, fullgraph=True, dynamic=False)
         found["torch.compile"] = lambda: fused(x, patch, grid, channels)
     if not backward:

@@ -9,11 +9,7 @@ ROWS, GRADIENTS, SUMS = (f"kernels/{name}.py" for name in ("rows", "row_gradient
 ADALN, GATED, RESIDUAL = (f"kernels/{n}.py" for n in ("adaln", "gated_adaln", "gated_residual"))
 
 _SHARED = [  # of all three
-    (
-        ROWS,
-        "row_ptr + column, mask=column < D",
-        "row_ptr + column, mask=column <= D",
-    ),  # mask of a load
+    (ROWS, "row_ptr + column, mask=column < D", "row_ptr + column, mask=column <= D"),
     (ROWS, "rounded, mask=column < D", "rounded, mask=column <= D"),
     (ROWS, "sample.to(tl.int64) * view[1]", "token.to(tl.int64) * view[1]"),
     (ROWS, "tl.cast(token, tl.int64) * view[2]", "tl.cast(sample, tl.int64) * view[2]"),

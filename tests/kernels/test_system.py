@@ -207,7 +207,7 @@ def test_traffic_of_a_training_step(model):
     forward = {key: n for key, n in counts.calls.items() if key[0] in NORMALISING}
     eager = sum(n * eager_bytes(*key) for key, n in forward.items())
     assert eager / native >= REDUCTION_OF_TRAFFIC
-    # In passes over (B, N, D): each of the 57 takes eager 30 and the design 10, partial sums aside.
+    # In passes over (B, N, D): each of the 57 takes eager 30, the design 10 and partial sums 0.7.
     tokens = BATCH * 256 * 1152 * 2
     assert eager == pytest.approx(57 * 29.8 * tokens, rel=0.01)
-    assert native <= 57 * 10.5 * tokens
+    assert native <= 57 * 10.7 * tokens
