@@ -276,3 +276,12 @@ def test_wrong_inputs():
         model(x, t[:1], y)
     with pytest.raises(ValueError, match="x: got 3 rows"):
         model.forward_with_cfg(*inputs(3), 2.0)
+
+
+def test_runs_on_meta_tensors():
+    """Shapes alone, as launch counters and memory planners use a model; meta has no autocast."""
+    with torch.device("meta"):
+        model = fastdit.DiT(input_size=4, hidden_size=24, depth=1, num_heads=2, num_classes=3)
+        out = model(torch.empty(2, 4, 4, 4), torch.empty(2), torch.empty(2, dtype=torch.long))
+    assert out.is_meta
+    assert out.shape == (2, 8, 4, 4)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.util
 import json
 import platform
 import re
@@ -64,20 +65,24 @@ def run_tests(collect_only: bool) -> dict[str, int]:
 
     Raises:
         FileNotFoundError: the working directory is no checkout of the repository.
+        ValueError: pytest is not installed, or it did not run the tests.
     """
     if not TESTS.is_dir():
         raise FileNotFoundError(
             f"{TESTS}: not in {Path.cwd()}; run this in a checkout, or with --skip-tests"
         )
+    if importlib.util.find_spec("pytest") is None:
+        raise ValueError("pytest is not installed: pip install -e '.[test]', or use --skip-tests")
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", str(TESTS)]
     done = subprocess.run(
         [*command, "--collect-only"] if collect_only else command, capture_output=True, text=True
     )
     last = done.stdout.strip().splitlines()[-1:] or [done.stderr.strip()]
     counts = {word: int(n) for n, word in re.findall(r"(\d+)(?:/\d+)? ([a-z]+)", last[0])}
-    if done.returncode not in (0, 1):
+    counts = {k: n for k, n in counts.items() if k in ("passed", "failed", "skipped", "tests")}
+    if done.returncode not in (0, 1) or not counts:
         raise ValueError(f"pytest -m gpu: {last[0]}")
-    return {k: n for k, n in counts.items() if k in ("passed", "failed", "skipped", "tests")}
+    return counts
 
 
 def bench(function: Callable[[], Any]) -> tuple[float, float, float]:

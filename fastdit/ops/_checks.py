@@ -60,6 +60,15 @@ def modulation(name: str, value: Any, x: Tensor) -> None:
         )
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast casts `x` to: None where it is off, for float64, and on devices that have no
+    autocast, such as meta."""
+    device = x.device.type
+    if device == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
 def positive(name: str, value: Any) -> None:
     if not isinstance(value, int | torch.SymInt) or isinstance(value, bool) or value < 1:
         fail(name, repr(value), "a positive int")

@@ -30,7 +30,7 @@ same fake."""
 
 
 def _without_autocast(run: Callable[..., Any], device: str, args: tuple[Any, ...]) -> Any:
-    if torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
             return run(*args)
     return run(*args)

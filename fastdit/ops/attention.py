@@ -147,8 +147,8 @@ def _arguments(
     if not qk_eps >= 0:
         _checks.fail("qk_eps", repr(qk_eps), "a number >= 0")
     affine = {"q_weight": q_weight, "q_bias": q_bias, "k_weight": k_weight, "k_bias": k_bias}
-    if torch.is_autocast_enabled(qkv.device.type) and qkv.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(qkv.device.type)
+    dtype = _checks.autocast_dtype(qkv)
+    if dtype is not None:
         qkv = qkv.to(dtype)
         affine = {n: t.to(dtype) if isinstance(t, Tensor) else t for n, t in affine.items()}
     _affine(qkv, head_dim, qk_norm, **affine)

@@ -57,8 +57,8 @@ _patch_embed = Op(
 def _arguments(x, weight, bias, pos):
     _checks.tensor("x", x, (3, 4), "(B, C, H, W) or (B, C, L)")
     _checks.tensor("weight", weight, (x.dim(),), "(D, C, p, q), or (D, C, p) for (B, C, L)")
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = _checks.autocast_dtype(x)
+    if dtype is not None:
         x, weight = x.to(dtype), weight.to(dtype)
         bias = bias if bias is None else bias.to(dtype)
     _checks.like("weight", weight, x, (weight.shape[0], x.shape[1], *weight.shape[2:]))
@@ -101,7 +101,7 @@ def patch_embed(
 
     Source: Dosovitskiy et al. 2020, equation 1; the published `x_embedder(x) + pos_embed`.
     """
-    if isinstance(x, Tensor) and not torch.is_autocast_enabled(x.device.type):
+    if isinstance(x, Tensor) and _checks.autocast_dtype(x) is None:
         tokens = _patch_embed.unchecked(x, weight, bias, pos)
         if tokens is not None:
             return tokens

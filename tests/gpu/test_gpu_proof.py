@@ -55,6 +55,13 @@ def test_outside_a_checkout_it_says_so(tmp_path, monkeypatch):
         cli.main(["gpu-proof", "--dry-run"])
 
 
+def test_without_pytest_it_says_so_and_reports_no_tests(monkeypatch):
+    monkeypatch.setattr(gpu_proof.importlib.util, "find_spec", lambda name: None)
+    for collect_only in (True, False):
+        with pytest.raises(ValueError, match=r"pytest is not installed.*--skip-tests"):
+            gpu_proof.run_tests(collect_only)
+
+
 def test_rows_hold_measured_beside_modelled(monkeypatch):
     """On the CPU with a fake timer, and a fake kernel: everything runs once and is recorded."""
     times = iter(range(100, 200))
