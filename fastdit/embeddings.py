@@ -92,7 +92,7 @@ class TimestepEmbedder(nn.Module):
         exponents = torch.arange(half, dtype=torch.float32, device=t.device) / half
         angles = t[:, None].float() * torch.exp(-math.log(max_period) * exponents)[None]
         rows = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        return nn.functional.pad(rows, (0, dim % 2))
+        return nn.functional.pad(rows, (0, 1)) if dim % 2 else rows
 
     def forward(self, t: Tensor) -> Tensor:
         rows = self.timestep_embedding(t, self.frequency_embedding_size)

@@ -13,6 +13,7 @@ names and their initialisation are the published ones, so published checkpoints 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastdit import ops
+from fastdit import modulation, ops
 from fastdit.embeddings import LabelEmbedder, TimestepEmbedder, sincos_2d
 
 Branch = tuple[Tensor, Tensor]
@@ -83,7 +84,12 @@ class DiTBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(
-        self, x: Tensor, c: Tensor, pending: Branch | None = None, defer: bool = False
+        self,
+        x: Tensor,
+        c: Tensor | None,
+        pending: Branch | None = None,
+        defer: bool = False,
+        modulations: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Branch]:
         """One block.
 
@@ -92,13 +98,13 @@ class DiTBlock(nn.Module):
             c: `(B, D)` condition.
             pending: the branch that the block before left to be added to `x`.
             defer: leave this block's last branch to the next.
+            modulations: `(B, 6·D)`, this block's, where they are known already; `c` is not read.
 
         Returns:
             `(B, N, D)`; with `defer`, that without the last branch, and the branch.
         """
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(
-            c
-        ).chunk(6, dim=1)
+        modulations = self.adaLN_modulation(c) if modulations is None else modulations
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulations.chunk(6, dim=1)
         x, normed = _modulated(x, pending, shift_msa, scale_msa)
         x, normed = _modulated(x, (self.attn(normed), gate_msa), shift_mlp, scale_mlp)
         last = (self.mlp(normed), gate_mlp)
@@ -113,8 +119,15 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
-    def forward(self, x: Tensor, c: Tensor, pending: Branch | None = None) -> Tensor:
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+    def forward(
+        self,
+        x: Tensor,
+        c: Tensor | None,
+        pending: Branch | None = None,
+        modulations: Tensor | None = None,
+    ) -> Tensor:
+        modulations = self.adaLN_modulation(c) if modulations is None else modulations
+        shift, scale = modulations.chunk(2, dim=1)
         return self.linear(_modulated(x, pending, shift, scale)[1])
 
 
@@ -192,6 +205,8 @@ class DiT(nn.Module):
         )
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         self.initialize_weights()
+        self._pack()
+        self.register_load_state_dict_post_hook(_pack_loaded)  # assign=True replaces parameters
 
     def initialize_weights(self) -> None:
         """The published initialisation: the model starts as the zero function, each block as the
@@ -220,8 +235,24 @@ class DiT(nn.Module):
         """`(B,)` timesteps and labels as the condition c `(B, D)` of every block."""
         return self.t_embedder(t) + self.y_embedder(y, self.training, force_drop_ids)
 
+    def conditioning(self, t: Tensor, y: Tensor, force_drop_ids: Tensor | None = None) -> Tensor:
+        """All that x has no part in: every layer's modulations, `(B, (6·depth + 2)·D)`.
+
+        A sampler computes the rows of its whole schedule in one call and hands each step its own:
+        `model(x, None, None, conditioning=rows)`. Without gradients the rows are one product
+        (`fastdit.modulation`).
+        """
+        c = self.condition(t, y, force_drop_ids)
+        return modulation.rows(self._modulations(), c)
+
     def forward(
-        self, x: Tensor, t: Tensor, y: Tensor, force_drop_ids: Tensor | None = None
+        self,
+        x: Tensor,
+        t: Tensor | None,
+        y: Tensor | None,
+        force_drop_ids: Tensor | None = None,
+        *,
+        conditioning: Tensor | None = None,
     ) -> Tensor:
         """Predict the noise in `x`, and with `learn_sigma` its variance.
 
@@ -230,26 +261,40 @@ class DiT(nn.Module):
             t: `(B,)` timesteps, 0 to 999.
             y: `(B,)` int64 labels; `num_classes` is the null class.
             force_drop_ids: `(B,)`; 1 drops that label, whatever the dropout.
+            conditioning: rows that `model.conditioning` gave for these t and y, which are then
+                not read and may be None.
 
         Returns:
             `(B, out_channels, H, W)`.
 
         Raises:
-            ValueError: `x`, `t` or `y` has another shape.
+            ValueError: `x`, `t`, `y` or `conditioning` has another shape.
         """
-        self._check_inputs(x, t, y)
-        c = self.condition(t, y, force_drop_ids)
+        self._check_inputs(x, t, y, conditioning)
+        c = None
+        if conditioning is None and modulation.packed(self._modulations()):
+            conditioning = self.conditioning(t, y, force_drop_ids)
+        if conditioning is None:
+            c = self.condition(t, y, force_drop_ids)
+        *per_block, last = self._split(conditioning)
         x = self.x_embedder(x, self.pos_embed)
         pending = None
-        for block in self.blocks:
+        for block, own in zip(self.blocks, per_block, strict=True):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x, pending = checkpoint(block, x, c, pending, True, use_reentrant=False)
+                x, pending = checkpoint(block, x, c, pending, True, own, use_reentrant=False)
             else:
-                x, pending = block(x, c, pending, True)
-        return self.unpatchify(self.final_layer(x, c, pending))
+                x, pending = block(x, c, pending, True, own)
+        return self.unpatchify(self.final_layer(x, c, pending, last))
 
     def forward_with_cfg(
-        self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, guided_channels: int = 3
+        self,
+        x: Tensor,
+        t: Tensor | None,
+        y: Tensor | None,
+        cfg_scale: float,
+        guided_channels: int = 3,
+        *,
+        conditioning: Tensor | None = None,
     ) -> Tensor:
         """`forward` with classifier-free guidance u + s·(c - u), for a sampler that keeps 2B rows.
 
@@ -260,6 +305,7 @@ class DiT(nn.Module):
             guided_channels: how many of the output's first channels are guided; the rest stay
                 unguided. The published code guides 3 of the 4 latent channels, and its reported
                 figures depend on it; `model.in_channels` guides them all.
+            conditioning: as in `forward`, 2B rows.
 
         Returns:
             `(2B, out_channels, H, W)`, the guided channels equal in both halves.
@@ -273,21 +319,57 @@ class DiT(nn.Module):
                 f"x: got {len(x)} rows, allowed is an even number (labels, then nulls)"
             )
         half = x[: len(x) // 2]
-        out = self.forward(torch.cat([half, half]), t, y)
+        out = self.forward(torch.cat([half, half]), t, y, conditioning=conditioning)
         eps, rest = out[:, :guided_channels], out[:, guided_channels:]
         cond, null = eps.chunk(2)
         guided = null + cfg_scale * (cond - null)
         return torch.cat([torch.cat([guided, guided]), rest], dim=1)
 
-    def _check_inputs(self, x: Tensor, t: Tensor, y: Tensor) -> None:
+    def _modulations(self) -> list[nn.Module]:
+        return [layer.adaLN_modulation for layer in (*self.blocks, self.final_layer)]
+
+    def _split(self, conditioning: Tensor | None) -> Sequence[Tensor | None]:
+        """Each layer's columns of the conditioning rows, as views."""
+        if conditioning is None:
+            return [None] * (len(self.blocks) + 1)
+        width = self.pos_embed.shape[-1]
+        return conditioning.split([6 * width] * len(self.blocks) + [2 * width], dim=1)
+
+    def _pack(self) -> None:
+        modulation.pack(self._modulations())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DiT:
+        super()._apply(fn, recurse)  # .to(), .half() and the like move each parameter by itself
+        self._pack()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # of a deep copy, whose parameters were cloned one by one
+        self._pack()
+
+    def _check_inputs(
+        self, x: Tensor, t: Tensor | None, y: Tensor | None, conditioning: Tensor | None
+    ) -> None:
         shape = (self.in_channels, *self.input_size)
         if x.dim() != 4 or tuple(x.shape[1:]) != shape:
             raise ValueError(
                 f"x: got {tuple(x.shape)}, allowed is (B, {', '.join(map(str, shape))})"
             )
+        if conditioning is not None:
+            wanted = (x.shape[0], (6 * len(self.blocks) + 2) * self.pos_embed.shape[-1])
+            if tuple(conditioning.shape) != wanted:
+                raise ValueError(
+                    f"conditioning: got {tuple(conditioning.shape)}, allowed is {wanted}"
+                )
+            return
         for name, value in (("t", t), ("y", y)):
-            if value.shape != x.shape[:1]:
-                raise ValueError(f"{name}: got {tuple(value.shape)}, allowed is ({x.shape[0]},)")
+            if value is None or value.shape != x.shape[:1]:
+                got = None if value is None else tuple(value.shape)
+                raise ValueError(f"{name}: got {got}, allowed is ({x.shape[0]},)")
+
+
+def _pack_loaded(model: DiT, _incompatible_keys: Any) -> None:
+    model._pack()
 
 
 def _check_config(config: dict[str, Any]) -> None:

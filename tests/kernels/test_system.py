@@ -41,7 +41,7 @@ DESIGNED = {
 }
 
 # The committed numbers; the conditioning does not depend on x, and a sampler can compute it before.
-LAUNCHES = {"native": 302, "native, conditioning given": 229, "eager": 615}
+LAUNCHES = {"native": 245, "native, conditioning given": 228, "eager": 614}
 REDUCTION_OF_TRAFFIC = 2.5
 
 
@@ -150,13 +150,6 @@ def model():
     return mode, dit, (x, t, y)
 
 
-def conditioning(dit, t, y) -> None:
-    """Everything in a forward that x has no part in."""
-    c = dit.condition(t, y)
-    for layer in (*dit.blocks, dit.final_layer):
-        layer.adaLN_modulation(c)
-
-
 def test_launches_of_a_forward(model):
     mode, dit, (x, t, y) = model
     counts = Counts()
@@ -165,8 +158,9 @@ def test_launches_of_a_forward(model):
         with opaque_ops(), count_traffic(counts.costs) as native:
             dit(x, t, y)
         with count_traffic() as given:
-            conditioning(dit, t, y)
-        with fastdit.backend("reference"), count_traffic() as eager:
+            dit.conditioning(t, y)
+        # Where gradients flow each layer computes its own modulations, as published.
+        with fastdit.backend("reference"), torch.enable_grad(), count_traffic() as eager:
             dit(x, t, y)
     launched = native.total_launches + counts.launches()
     found = {
@@ -175,7 +169,7 @@ def test_launches_of_a_forward(model):
         "eager": eager.total_launches,
     }
     assert found["native"] <= LAUNCHES["native"]
-    assert found["native, conditioning given"] <= LAUNCHES["native, conditioning given"] <= 245
+    assert found["native, conditioning given"] <= LAUNCHES["native, conditioning given"]
     assert found["eager"] == LAUNCHES["eager"]
 
 
