@@ -18,7 +18,7 @@ from fastdit.kernels.launch import on_device
 from fastdit.kernels.rows import gated_sum, load, load_view, store, zeros
 from fastdit.kernels.slot_sums import store_partial
 
-REGISTERS = rows.Backward(half=64, full=80)
+REGISTERS = 64
 
 
 @triton.jit(do_not_specialize=["tokens"])

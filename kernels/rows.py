@@ -59,17 +59,6 @@ class Tile:
         return {"num_warps": self.num_warps, **limit}
 
 
-@dataclass(frozen=True)
-class Backward:
-    """Registers a thread of a backward kernel may take, for 16-bit numbers and for 32-bit ones.
-
-    Left to itself, ptxas takes 96 where 80 do, or spills two to reach the next occupancy.
-    """
-
-    half: int
-    full: int
-
-
 def forward_tile(x: Tensor) -> Tile:
     """A thread holds 8 columns of the main block, a 128-bit access of 16-bit numbers, and at most
     4 of the tail: 32 registers do, and every warp of a multiprocessor is resident."""
@@ -86,20 +75,23 @@ def _forward_tile(width: int, lanes: int) -> Tile:
     return Tile(main, tail, max(1, min(1024, main // 8) // lanes))
 
 
-def backward_tile(x: Tensor, registers: Backward) -> Tile:
-    """One warp will do: registers, not blocks, limit the warps that are resident. One holds 384
+def backward_tile(x: Tensor, registers: int) -> Tile:
+    """A thread holds one 128-bit access of the main block and may take `registers`: left to itself,
+    ptxas takes 96 where 80 do, or spills two to reach the next occupancy.
+
+    One warp will do: registers, not blocks, limit the warps that are resident. One holds 384
     columns in 268 instructions a row instead of two in 395, two hold 768 in 552 instead of four in
     806."""
-    allowed = registers.half if x.itemsize == 2 else registers.full
-    return _backward_tile(x.shape[-1], allowed, _lanes(triton.runtime.driver.active))
+    columns = 16 // x.itemsize
+    return _backward_tile(x.shape[-1], columns, registers, _lanes(triton.runtime.driver.active))
 
 
 @functools.cache
-def _backward_tile(width: int, registers: int, lanes: int) -> Tile:
+def _backward_tile(width: int, columns: int, registers: int, lanes: int) -> Tile:
     main, tail = split_width(width)
-    if main < 8 * lanes and tail:
+    if main < columns * lanes and tail:
         main, tail = 2 * main, 0
-    num_warps = max(1, min(512, main // 8) // lanes)
+    num_warps = max(1, min(512, main // columns) // lanes)
     # 16 warps of 128 registers are all that a multiprocessor has; wider rows, of more than 8
     # columns a thread, need them all and still spill. AMD's compiler takes no limit.
     limit = 128 if main > 4096 else min(registers, 2048 // num_warps)
