@@ -33,8 +33,8 @@ from fastdit.kernels.rows import fold, load, load_view, store, totals, zeros
 from fastdit.kernels.slot_sums import store_partial
 
 ADALN = rows.Backward(columns=12, half=80, full=80)
-# 384 and 768 are padded here: 8 + 4 columns a thread take 128 registers, 8 of them 96. With 80 up to
-# 15 registers spill on sm_100, also where modulation is read again for every row.
+# 384 and 768 are padded here: 8 + 4 columns a thread take 128 registers, 8 of them 96. With 80 some
+# spill on sm_100, also where modulation is read again for every row.
 GATED_ADALN = rows.Backward(columns=9, half=96, full=80)
 # A scale per token beside a shift per sample: one more sum.
 MORE_SUMS = rows.Backward(columns=9, half=128, full=112)

@@ -24,8 +24,8 @@ class SlotTable:
 
     2048 warps are 14 to 19 for each of 108 to 148 multiprocessors: about as many as the registers
     of the backward kernels let be resident at once, and enough to keep loads of 16 KiB in flight
-    on each: a thread loads 16 bytes of a row. With fewer than 8 rows for each program the sums would
-    outweigh the rows. Constants, not the GPU's, so that every GPU sums in one order.
+    on each: a thread loads 16 bytes of a row. With fewer than 8 rows for each program the sums
+    would outweigh the rows. Constants, not the GPU's, so that every GPU sums in one order.
     """
 
     warps: int = 2048
