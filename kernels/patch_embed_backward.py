@@ -29,7 +29,7 @@ SPAN = tl.constexpr(16)  # tokens of a program
 
 # By bytes of the products' operands. Loads go through registers (one stage): pipelined through
 # shared memory, a tile that is also added up is read with bank conflicts, 1.62 wavefronts for 1.
-WEIGHT = {2: Tile(32, 64, 64, 4, programs=512), 4: Tile(32, 64, 32, 4, programs=512)}
+WEIGHT = {2: Tile(32, 64, 64, 4, programs=640), 4: Tile(32, 64, 32, 4, programs=640)}
 # With dpos or dx beside them, by bytes of dtokens: wide tiles, so that few terms of dx do (64
 # tokens take 172 registers on sm_80), and few programs, since each that shares a span leaves its
 # own sums of dpos.

@@ -273,8 +273,8 @@ def patch_embed_both():
 
 
 def unpatchify_both():
-    sizes = ([2, 2], [3, 4], 3)
-    image = unpatchify.unpatchify(rows(2, 12, 12), *sizes)
+    sizes = ([2, 2], [1, 64], 16)
+    image = unpatchify.unpatchify(rows(1, 64, 64), *sizes)
     return image, unpatchify.unpatchify_backward(image, *sizes)
 
 
