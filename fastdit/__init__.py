@@ -17,6 +17,7 @@ from fastdit._version import __version__
 from fastdit.backends import BackendError, backend, current_backend, explain
 from fastdit.diffusion import create_diffusion
 from fastdit.model import DiT, DiT_models
+from fastdit.sampler import Sampler
 from fastdit.sampling import sample
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ __all__ = [
     "CheckpointError",
     "DiT",
     "DiT_models",
+    "Sampler",
     "__version__",
     "backend",
     "create_diffusion",
