@@ -1,7 +1,7 @@
 """adaln and its backward: LayerNorm, scale and shift.
 
-    pytest benchmarks/bench_adaln.py --benchmark-only
-    python benchmarks/bench_adaln.py [--threads 1] [--subset full] [--only backward]
+pytest benchmarks/bench_adaln.py --benchmark-only
+python benchmarks/bench_adaln.py [--threads 1] [--subset full] [--only backward]
 """
 
 from __future__ import annotations

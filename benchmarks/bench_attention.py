@@ -59,7 +59,7 @@ def flops(size):
 
 
 cases = OpBenchmark("attention", inputs, flops=flops, further=further).cases
-test_attention = tests(cases, further=(*BACKENDS, FLASH))
+test_attention = tests(cases, *BACKENDS, FLASH)
 
 if __name__ == "__main__":
     main(cases)

@@ -1,7 +1,7 @@
 """bias_gelu and its backward: a bias and the tanh form of GELU, at four times the width.
 
-    pytest benchmarks/bench_bias_gelu.py --benchmark-only
-    python benchmarks/bench_bias_gelu.py [--threads 1] [--subset full] [--only backward]
+pytest benchmarks/bench_bias_gelu.py --benchmark-only
+python benchmarks/bench_bias_gelu.py [--threads 1] [--subset full] [--only backward]
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """One DiT block, forward, backward and both: what a model repeats.
 
-    pytest benchmarks/bench_block.py --benchmark-only
-    python benchmarks/bench_block.py [--threads 1] [--subset full] [--only backward]
+pytest benchmarks/bench_block.py --benchmark-only
+python benchmarks/bench_block.py [--threads 1] [--subset full] [--only backward]
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """gated_residual and its backward: x + gate·y.
 
-    pytest benchmarks/bench_gated_residual.py --benchmark-only
-    python benchmarks/bench_gated_residual.py [--threads 1] [--subset full] [--only backward]
+pytest benchmarks/bench_gated_residual.py --benchmark-only
+python benchmarks/bench_gated_residual.py [--threads 1] [--subset full] [--only backward]
 """
 
 from __future__ import annotations

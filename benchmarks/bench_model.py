@@ -1,7 +1,7 @@
 """A forward pass of a whole DiT, for all the sizes that time and memory allow.
 
-    pytest benchmarks/bench_model.py --benchmark-only
-    python benchmarks/bench_model.py [--threads 1] [--subset full] [--only S/2]
+pytest benchmarks/bench_model.py --benchmark-only
+python benchmarks/bench_model.py [--threads 1] [--subset full] [--only S/2]
 """
 
 from __future__ import annotations
@@ -15,9 +15,6 @@ from harness.problem import DTYPES, EAGER, OURS, Absent, Case, Problem
 from harness.running import main, tests
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 8e-2, "fp16": 2e-2}
-HEAVY = ("L/2", "XL/2")
-"""Models that no runtime is given on a CPU: exporting one takes minutes and its size three times."""
-
 SIZES = {  # model, batch, subset
     "cpu": [
         (models.DIGITS, 2, "quick"),
@@ -38,6 +35,7 @@ SIZES = {  # model, batch, subset
     ],
 }
 COMPILED = {"cpu": ((models.DIGITS, 2), ("S/2", 2)), "cuda": (("XL/2", 2), ("XL/2", 32))}
+# Exporting L/2 or XL/2 would take minutes, and three times its size in memory.
 EXPORTED = ((models.DIGITS, 2), ("S/8", 2), ("S/2", 2), ("B/2", 2))
 SECONDS = {"L/2": 30, "XL/2": 30, "B/2": 15}
 

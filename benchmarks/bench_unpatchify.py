@@ -1,7 +1,7 @@
 """unpatchify and its backward: rows of pixels to images, a permutation.
 
-    pytest benchmarks/bench_unpatchify.py --benchmark-only
-    python benchmarks/bench_unpatchify.py [--threads 1] [--subset full] [--only backward]
+pytest benchmarks/bench_unpatchify.py --benchmark-only
+python benchmarks/bench_unpatchify.py [--threads 1] [--subset full] [--only backward]
 """
 
 from __future__ import annotations

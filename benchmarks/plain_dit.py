@@ -75,9 +75,7 @@ class PlainDiT(nn.Module):
     def __init__(self, like: fastdit.DiT) -> None:
         super().__init__()
         config = like.config
-        width, heads, patch = (
-            config[key] for key in ("hidden_size", "num_heads", "patch_size")
-        )
+        width, heads, patch = (config[key] for key in ("hidden_size", "num_heads", "patch_size"))
         self.patch, self.out_channels, self.grid = patch, like.out_channels, like.grid
         self.num_classes, self.in_channels = like.num_classes, like.in_channels
         with torch.device("meta"):

@@ -14,6 +14,7 @@ COMMANDS = {
     "train": "fastdit.training",
     "build": "fastdit.commands.build",
     "doctor": "fastdit.commands.doctor",
+    "bench": "fastdit.commands.bench",
     "gpu-proof": "fastdit.commands.gpu_proof",
 }
 """Each sub-command and the module with its `SUMMARY`, `add_arguments` and `run`."""

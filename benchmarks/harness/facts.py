@@ -6,6 +6,7 @@ Each fact takes a run of its own, outside the timing.
 from __future__ import annotations
 
 import importlib
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from fastdit.testing import count_traffic
 
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler says when it starts and stops
 Function = Callable[[], object]
 
 

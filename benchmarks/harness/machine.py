@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness.facts import Meter
-from harness.problem import DTYPES
 from timing import interleaved
 
 import fastdit
+from harness.facts import Meter
+from harness.problem import DTYPES
 
 PACKAGES = (
     "torch",
@@ -50,7 +50,9 @@ def commit() -> str | None:
     """The checkout's commit, with a plus where files differ from it; None outside git."""
     try:
         run = [
-            subprocess.run(["git", *what], capture_output=True, text=True, cwd=Path(__file__).parent)
+            subprocess.run(
+                ["git", *what], capture_output=True, text=True, cwd=Path(__file__).parent
+            )
             for what in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "-uno"])
         ]
     except FileNotFoundError:

@@ -14,10 +14,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from harness import facts
-from harness.problem import COMPILE, COPY, EAGER, OURS, Absent, Case, Problem, tensors
 from timing import interleaved, ratios
 from torch import Tensor
+
+from harness import facts
+from harness.problem import COMPILE, COPY, EAGER, OURS, Absent, Case, Problem, tensors
 
 MEASURED, ABSENT, BROKEN, FAILED = "measured", "absent", "broken", "failed"
 Row = dict[str, Any]

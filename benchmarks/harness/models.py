@@ -13,7 +13,7 @@ from plain_dit import PlainDiT
 from torch import Tensor
 
 import fastdit
-from fastdit.model import DiT_models
+from fastdit.model import SIZES
 
 DIGITS = "digits, 6x192"
 NAMES = {
@@ -30,13 +30,20 @@ NAMES = {
 """Models beside the published ones: 16 tokens, where calling costs more than computing."""
 
 
+def config(name: str) -> dict[str, Any]:
+    """What differs from the defaults in a model's name such as "S/2"."""
+    if name in NAMES:
+        return NAMES[name]
+    size, _, patch = name.partition("/")
+    depth, width, heads = SIZES[size]
+    sized = {"depth": depth, "hidden_size": width, "num_heads": heads}
+    return {**sized, "patch_size": int(patch)}
+
+
 def random_dit(name: str, dtype: torch.dtype, device: str, **changes: Any) -> fastdit.DiT:
     """The model of a name such as "S/2", with drawn weights, in eval mode."""
     with torch.device(device):
-        if name in NAMES:
-            model = fastdit.DiT(**{**NAMES[name], **changes})
-        else:
-            model = DiT_models[f"DiT-{name}"](**changes)
+        model = fastdit.DiT(**{**config(name), **changes})
     with torch.no_grad():
         for parameter in model.parameters():
             if not parameter.any():

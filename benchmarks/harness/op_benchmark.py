@@ -12,14 +12,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from harness import peers
-from harness.problem import COPY, DTYPES, EAGER, OURS, Case, Column, Problem
 from torch import Tensor
 
 import fastdit
 from fastdit import backends, ops
 from fastdit.ops import _library
 from fastdit.workloads import Workload
+from harness import peers
+from harness.problem import COPY, DTYPES, EAGER, OURS, Case, Column, Problem
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}  # of the largest: eager rounds often
 PASSES = ("forward", "backward", "both")

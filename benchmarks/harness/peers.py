@@ -6,15 +6,19 @@ is first called, which the measurement records.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import logging
 import tempfile
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from harness.problem import Absent, Column, absent
 from torch import Tensor, nn
+
+from harness.problem import Absent, Column, absent
 
 
 def compiled(function: Callable[..., Any], *args: Any, mode: str | None = None) -> Column:
@@ -31,6 +35,19 @@ def compile_columns(function: Callable[..., Any], *args: Any, device: str) -> di
     return found
 
 
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Exporters warn of what they always do."""
+    level = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
 def onnx_runtime(module: nn.Module, args: tuple[Tensor, ...]) -> Column:
     """ONNX Runtime on the CPU, all optimisations, with as many threads as PyTorch has."""
     for distribution in ("onnxruntime", "onnx", "onnxscript"):
@@ -43,7 +60,7 @@ def onnx_runtime(module: nn.Module, args: tuple[Tensor, ...]) -> Column:
     def session():
         import onnxruntime
 
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, quiet():
             path = Path(folder) / "model.onnx"
             names = [f"input{i}" for i in range(len(args))]
             torch.onnx.export(
@@ -69,7 +86,8 @@ def openvino(module: nn.Module, args: tuple[Tensor, ...]) -> Column:
     def request():
         import openvino
 
-        model = openvino.convert_model(module, example_input=args)
+        with quiet():
+            model = openvino.convert_model(module, example_input=args)
         for port, value in zip(model.inputs, args, strict=True):
             port.get_node().set_partial_shape(openvino.PartialShape(list(value.shape)))
         model.validate_nodes_and_infer_types()
@@ -112,7 +130,8 @@ def diffusers_dit(model: Any) -> nn.Module | Absent:
         block.norm1.emb.time_proj.downscale_freq_shift = 0
         block.norm3.eps = 1e-6
     parameter = next(model.parameters())
-    return theirs.to(parameter.device, parameter.dtype).eval()
+    with quiet():
+        return theirs.to(parameter.device, parameter.dtype).eval()
 
 
 def diffusers_forward(model: Any, x: Tensor, t: Tensor, y: Tensor) -> Column:

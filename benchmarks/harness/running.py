@@ -16,10 +16,12 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
+
 from harness import facts, machine
 from harness.measure import MEASURED, measure
 from harness.problem import COPY, EAGER, FIELD, OURS, Case, chosen
-from rich.console import Console
+from harness.results import in_units, ratio
 
 Cases = Callable[[str], list[Case]]
 
@@ -59,7 +61,7 @@ def result(case: Case) -> Any:
     return _results[id(case)]
 
 
-def tests(cases: Cases, further: tuple[str, ...] = ()) -> Callable[..., None]:
+def tests(cases: Cases, *further: str) -> Callable[..., None]:
     """A test for each standard case and column of a file.
 
     A column that is absent, or a peer that is broken or failed, is skipped with the reason; if
@@ -106,14 +108,6 @@ def main(cases: Cases) -> None:
             print_result(measure(case, None, None, options.rounds, options.patience), console)
 
 
-def in_units(seconds: float) -> str:
-    """Three digits and a unit."""
-    for unit, scale in (("s", 1), ("ms", 1e3), ("µs", 1e6)):
-        if seconds * scale >= 1 or unit == "µs":
-            return f"{seconds * scale:.3g} {unit}"
-    raise AssertionError
-
-
 def print_result(found: dict[str, Any], console: Console) -> None:
     """One case, a line for each column."""
     waits = f" ({found['disturbed']} turns beside other processes)" * bool(found["disturbed"])
@@ -122,9 +116,9 @@ def print_result(found: dict[str, Any], console: Console) -> None:
         if row["status"] != MEASURED:
             console.print(f"  {name:22} {row['status']}: {row['reason']}", highlight=False)
             continue
-        s, r = row["seconds"], row["speedup"]
+        s = row["seconds"]
         spread = f"[{in_units(s['least'])} to {in_units(s['most'])}]".replace("[", r"\[")
-        against = "" if name == EAGER else f"{r['median']:.2f} x ({r['least']:.2f} to {r['most']:.2f})"
+        against = "" if name == EAGER else ratio(row)
         console.print(
             f"  {name:22} {in_units(s['median']):>9}  {spread:28} {against}", highlight=False
         )
