@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastdit.checkpoint_files import atomic_write
 from fastdit.data import load_digits
 from fastdit.sampling import sample
 
@@ -88,6 +89,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=500, help="samples (default 500)")
     parser.add_argument("--steps", type=int, default=50, help="DDIM steps (default 50)")
     parser.add_argument("--seed", type=int, default=0, help="default 0")
+    parser.add_argument("--out", type=Path, help="also write the JSON there")
     args = parser.parse_args()
     from fastdit.checkpoint import load_model
 
@@ -95,7 +97,10 @@ def main() -> None:
     options = {"count": args.count, "steps": args.steps, "seed": args.seed}
     figures = {f"guidance {scale:g}": recognition(model, scale, **options) for scale in (1.0, 2.0)}
     held_out = Reader().held_out
-    print(json.dumps({"held_out": held_out, "recognised": figures, **options}, indent=1))
+    text = json.dumps({"held_out": held_out, "recognised": figures, **options}, indent=1)
+    print(text)
+    if args.out is not None:
+        atomic_write(args.out, lambda path: path.write_text(text + "\n"))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ COLOURS = {
     "ONNX Runtime": "#6a8caf",
     "OpenVINO": "#9673a6",
     "diffusers": "#c8a415",
+    "fastdit.sample": "#7fc4bf",
     COPY: FAINT,
 }
 OTHER = ("#a05195", "#d45087", "#665191", "#2f4b7c")

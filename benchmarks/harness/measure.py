@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -133,7 +134,8 @@ def measure(
     Raises:
         WrongResult: fastdit's column is wrong.
     """
-    torch.compiler.reset()  # each case is compiled for itself
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()  # each case is compiled for itself
     torch.manual_seed(0)
     problem = case.build()
     rows = checked(problem)

@@ -16,6 +16,11 @@ Run = dict[str, Any]
 NOT_COMPARED = (EAGER, COPY, "randn alone")
 
 
+def label_of(r: Result) -> str:
+    """A case on an axis; a result that brings a `label` is called that."""
+    return r.get("label", f"{r['name']}, {r['what']}\n{r['size']}").replace("`", "")
+
+
 def speedups(results: list[Result]) -> str | None:
     """Bars of every measured column's speed over eager, with the range of its turns."""
     shown = [r for r in results if measured(r, best_of_ours(r))]
@@ -32,7 +37,7 @@ def speedups(results: list[Result]) -> str | None:
         at, ticks = 0.0, []
         seen: dict[str, Any] = {}
         for r, count in zip(shown, counts, strict=True):
-            ticks.append((at + (count - 1) / 2, f"{r['name']}, {r['what']}\n{r['size']}"))
+            ticks.append((at + (count - 1) / 2, label_of(r)))
             for index, column in enumerate(columns):
                 row = measured(r, column)
                 if row is None:
@@ -90,10 +95,10 @@ def bandwidths(run: Run) -> str | None:
     if not points or "copy" not in run["ceilings"]:
         return None
     names = list(dict.fromkeys(r["name"] for r, _, _ in points))
-    whats = ("forward", "backward")
-    with figure_of(8.6, 0.55 * len(names) + 1.3, columns=2) as (figure, both, found):
+    passes = [w for w in ("forward", "backward") if any(r["what"] == w for r, _, _ in points)]
+    with figure_of(8.6, 0.55 * len(names) + 1.3, columns=len(passes)) as (figure, both, found):
         copy = run["ceilings"]["copy"]
-        for axes, what in zip(both, whats, strict=True):
+        for axes, what in zip(both if len(passes) > 1 else [both], passes, strict=True):
             for y, name in enumerate(names):
                 for r, row, column in points:
                     if r["name"] != name or r["what"] != what:
@@ -118,7 +123,7 @@ def bandwidths(run: Run) -> str | None:
             axes.text(copy / 1e9, -0.75, " copy in DRAM", fontsize=8, va="center")
             axes.set_xscale("log")
             axes.set_ylim(len(names) - 0.4, -1)
-            axes.set_yticks(range(len(names)), names if what == whats[0] else [""] * len(names))
+            axes.set_yticks(range(len(names)), names if what == passes[0] else [""] * len(names))
             axes.set_title(what, fontsize=10, loc="left")
             axes.grid(axis="x")
             axes.tick_params(axis="y", length=0)
