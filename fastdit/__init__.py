@@ -21,10 +21,13 @@ from fastdit.sampling import sample
 
 if TYPE_CHECKING:
     from fastdit.checkpoint import CheckpointError, load_model, save_model
+    from fastdit.patching import patch, patched
 
 _LAZY = {
     "CheckpointError": "fastdit.checkpoint",
     "load_model": "fastdit.checkpoint",
+    "patch": "fastdit.patching",
+    "patched": "fastdit.patching",
     "save_model": "fastdit.checkpoint",
 }
 """What only some programs need, and the module that is imported when it is first asked for."""
@@ -41,6 +44,8 @@ __all__ = [
     "explain",
     "load_model",
     "ops",
+    "patch",
+    "patched",
     "sample",
     "save_model",
 ]
