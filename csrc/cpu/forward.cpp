@@ -3,34 +3,10 @@
 // Between the products the residual stream is read and written by their epilogues alone: `x +=
 // gate·(a·W + bias)` as a tile leaves its registers. What a product costs is then its arithmetic and
 // one pass over its weights. docs/native_forward.md has the figures.
-#include "cpu/forward.h"
-
-#include <cmath>
-#include <cstring>
-
-#include "cpu/forward_layout.h"
-#include "cpu/parallel.h"
-#include "cpu/tensors.h"
+#include "cpu/forward_shared.h"
 
 namespace fastdit {
 namespace {
-
-int64_t threads() { return torch::stable::get_num_threads(); }
-
-// f(begin, end) over `count` items on as many threads as there are, if the work is worth them.
-template <class F>
-void shared(int64_t count, double work, const F& f) {
-  constexpr double kWorth = 2e4;  // multiplications: 1 µs, half of what waking a thread takes
-  if (count <= 0) return;
-  if (count == 1 || work < kWorth || threads() == 1) return f(int64_t{0}, count);
-  torch::stable::parallel_for(0, count, 1, f);
-}
-
-int64_t panel() {
-  int64_t width;
-  panel_width(width);
-  return width;
-}
 
 // C in a grid of panels and, where there are few, blocks of rows: four items a thread or more.
 void multiply(const Gemm& g) {
@@ -65,67 +41,6 @@ void attend(Attention& a, int64_t batch) {
     attention_items(a, begin, end, scratch_floats(floats));
   });
 }
-
-// Columns of one product with few rows, 32 at a time: the weights of those stay in cache.
-void dots(const Dots& d, int64_t columns) {
-  shared((columns + 31) / 32, double(d.rows) * columns * d.depth, [&](int64_t begin, int64_t end) {
-    for (; begin < end; ++begin) dots_columns(d, 32 * begin, std::min(columns, 32 * (begin + 1)));
-  });
-}
-
-const float* floats_of(const Tensor& t, std::initializer_list<int64_t> shape, const char* name) {
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.is_cpu() && t.is_contiguous(), name,
-                  ": must be a contiguous float32 CPU tensor");
-  check_shape(t, shape, name);
-  return static_cast<const float*>(t.data_ptr());
-}
-
-Dit dit_of(const std::vector<int64_t>& numbers) {
-  STD_TORCH_CHECK(int64_t(numbers.size()) == Dit::kNumbers, "dit: wrong length");
-  Dit d{numbers[0], numbers[1], numbers[2], numbers[3], numbers[4],
-        numbers[5], numbers[6], numbers[7], numbers[8]};
-  for (size_t i = 0; i < numbers.size(); ++i)
-    STD_TORCH_CHECK(numbers[i] > 0 || (i == 5 && numbers[i] == 0), "dit: got ", numbers[i]);
-  STD_TORCH_CHECK(d.height % d.patch == 0 && d.width % d.patch == 0, "dit: patch");
-  STD_TORCH_CHECK(d.hidden % d.heads == 0, "dit: heads");
-  return d;
-}
-
-// ---- packing -------------------------------------------------------------------------------------
-
-void pack(const Linear& l, const Tensor& weight, const Tensor& bias, float* memory) {
-  const float* from = floats_of(weight, {l.rows, l.depth}, "weight");
-  const Pack p{from, l.rows, l.depth, memory + l.weight};
-  shared(padded(l.rows) / panel(), double(l.rows) * l.depth,
-         [&](int64_t begin, int64_t end) { pack_panels(p, begin, end); });
-  float* to = memory + l.bias;
-  std::memcpy(to, floats_of(bias, {l.rows}, "bias"), l.rows * sizeof(float));
-  std::fill(to + l.rows, to + padded(l.rows), 0.f);
-}
-
-// `parameters`: patch weight (D, K) and bias, positions (N, D), each block's four Linears, the last.
-Tensor forward_pack(std::vector<Tensor> parameters, std::vector<int64_t> numbers) {
-  const Dit d = dit_of(numbers);
-  const PackedLayout layout(d);
-  STD_TORCH_CHECK(parameters.size() == 2 * layout.blocks.size() + 5, "parameters: wrong length");
-  Tensor packed = empty({layout.floats}, ScalarType::Float);
-  float* memory = static_cast<float*>(packed.data_ptr());
-  std::fill(memory, memory + 16, float(panel()));
-  pack(layout.patch, parameters[0], parameters[1], memory);
-  const float* bias = floats_of(parameters[1], {d.hidden}, "bias");
-  const float* positions = floats_of(parameters[2], {d.tokens(), d.hidden}, "positions");
-  for (int64_t n = 0; n < d.tokens(); ++n) {
-    float* row = memory + layout.positions + n * padded(d.hidden);
-    for (int64_t i = 0; i < d.hidden; ++i) row[i] = positions[n * d.hidden + i] + bias[i];
-    std::fill(row + d.hidden, row + padded(d.hidden), 0.f);
-  }
-  size_t at = 3;
-  for (const Linear& l : layout.blocks) pack(l, parameters[at], parameters[at + 1], memory), at += 2;
-  pack(layout.last, parameters[at], parameters[at + 1], memory);
-  return packed;
-}
-
-// ---- the forward ---------------------------------------------------------------------------------
 
 // x (B, C, H, W) as rows of patches, channel by channel as a convolution's weight lies.
 void gather_patches(const Dit& d, const Tensor& x, float* to, int64_t stride) {
@@ -288,13 +203,11 @@ Tensor forward(const Tensor& x, const Tensor& conditioning, const Tensor& packed
 }  // namespace fastdit
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastdit_native, m) {
-  m.def("forward_pack(Tensor[] parameters, int[] dit) -> Tensor");
   m.def("forward_workspace(int[] dit, int batch) -> int");
   m.def(
       "forward(Tensor x, Tensor conditioning, Tensor packed, Tensor workspace, int[] dit) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastdit_native, CPU, m) {
-  m.impl("forward_pack", TORCH_BOX(&fastdit::forward_pack));
   m.impl("forward", TORCH_BOX(&fastdit::forward));
 }
 STABLE_TORCH_LIBRARY_IMPL(fastdit_native, CompositeExplicitAutograd, m) {

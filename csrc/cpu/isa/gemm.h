@@ -19,6 +19,20 @@ constexpr int kTile = 6;
 constexpr int kPanel = 2 * L;
 static_assert(kWidest % kPanel == 0);
 
+// One number from memory in all lanes. GCC makes of `all` an addition and a shuffle, which take the
+// ports of the fused multiply-adds.
+INLINE Vec broadcast(const float* from) {
+#if defined(__AVX512F__) && FASTDIT_LANES == 16
+  return (Vec)_mm512_set1_ps(*from);
+#elif defined(__AVX2__) && FASTDIT_LANES == 8
+  return (Vec)_mm256_broadcast_ss(from);
+#else
+  Vec value;
+  for (int i = 0; i < L; ++i) value[i] = *from;
+  return value;
+#endif
+}
+
 // to[r][v] (+)= Σ_k a[r][k]·b[k][v], k in order from 0; `to` has rows of kPanel.
 template <int R, int V>
 NOINLINE void tile_product(const float* a, int64_t a_stride, const float* b, int64_t depth,
@@ -30,7 +44,7 @@ NOINLINE void tile_product(const float* a, int64_t a_stride, const float* b, int
     for (int v = 0; v < V; ++v) row[v] = load(b + v * L, Full{});
 #pragma GCC unroll 14
     for (int r = 0; r < R; ++r) {
-      const Vec number = all(a[r * a_stride + k]);
+      const Vec number = broadcast(a + r * a_stride + k);
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v) sums[r][v] = muladd(number, row[v], sums[r][v]);
     }
