@@ -285,5 +285,5 @@ class FinalLayer(Modulated):
         modulations: Tensor | None = None,
     ) -> Tensor:
         rows = self.rows(c) if modulations is None else modulations
-        shift, scale = (None, None) if rows is None else rows.chunk(2, dim=1)
+        shift, scale = rows.chunk(2, dim=1) if self.names else (None, None)
         return self.linear(self.norm_final(x, pending, shift, scale)[1])

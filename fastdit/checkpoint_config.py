@@ -89,6 +89,7 @@ def infer_config(
     if wrong:
         raise CheckpointError(key_report([], [], tuple(wrong)))
     width, channels, *patch = state["x_embedder.proj.weight"].shape
+    learn_sigma = _learn_sigma(state)
     blocks = [int(m[1]) for name in state if (m := re.match(r"blocks\.(\d+)\.", name))]
     size = _input_size(state, patch, given.get("input_size"))
     num_classes, dropout = _classes(state, given)
@@ -102,7 +103,7 @@ def infer_config(
         "depth": max(blocks, default=-1) + 1,
         "num_heads": _heads(width, given.get("num_heads")),
         "mlp_ratio": mlp_ratio(state, width),
-        "learn_sigma": _learn_sigma(state),
+        "learn_sigma": learn_sigma,
         **design,
         **overrides,
         "num_classes": num_classes,

@@ -95,6 +95,7 @@ def check_positions(kind: str, rope: bool, grid: Grid, width: int, head_dim: int
 
 def fixed_table(kind: str, grid: Grid, base: Grid, scaling: str, like: Tensor) -> Tensor:
     """`(1, T, D)` computed positions in the dtype and on the device of `like`, `(…, D)`."""
+    base = grid if scaling == "extrapolate" else base
     axes = coordinates(grid, base, scaling, like.device)
     return FIXED[kind](axes, base, like.shape[-1]).to(like.dtype).unsqueeze(0)
 
