@@ -22,10 +22,13 @@ from fastdit.sampling import sample
 
 if TYPE_CHECKING:
     from fastdit.checkpoint import CheckpointError, load_model, save_model
+    from fastdit.patching import patch, patched
 
 _LAZY = {
     "CheckpointError": "fastdit.checkpoint",
     "load_model": "fastdit.checkpoint",
+    "patch": "fastdit.patching",
+    "patched": "fastdit.patching",
     "save_model": "fastdit.checkpoint",
 }
 """What only some programs need, and the module that is imported when it is first asked for."""
@@ -42,6 +45,8 @@ __all__ = [
     "explain",
     "load_model",
     "ops",
+    "patch",
+    "patched",
     "presets",
     "sample",
     "save_model",

@@ -162,13 +162,18 @@ class DiT(nn.Module):
             return torch.cat(embedded, dim=1)
         return embedded[0] if len(embedded) == 1 else embedded[0] + embedded[1]
 
+    @property
+    def guidable(self) -> bool:
+        """Whether the model knows what no condition is, and so can be guided."""
+        return self.y_embedder is not None and self.y_embedder.dropout_prob > 0
+
     def null_condition(self, batch: int) -> Tensor:
         """The y of `batch` samples without a condition: `(B,)`, or `(B, condition_dim)` vectors.
 
         Raises:
             ValueError: the model has none.
         """
-        if self.y_embedder is None or self.y_embedder.dropout_prob == 0:
+        if not self.guidable:
             raise ValueError("null_condition: allowed in a model built with class_dropout_prob > 0")
         if isinstance(self.y_embedder, VectorEmbedder):
             return self.y_embedder.null.detach().expand(batch, -1)
