@@ -322,6 +322,26 @@ def test_guidance_with_the_null_condition(models, name):
     torch.testing.assert_close(out, expected[:, :channels], rtol=1e-4, atol=1e-4)
 
 
+@every
+def test_samples_of_every_design(models, name):
+    model = models[name]
+    _x, _t, y = inputs(model)
+    classes = 2 if y is None else y
+    scale = 2.0 if model.guidable else 1.0
+    out = fastdit.sample(model, classes, steps=3, solver="dpm++", seed=0, cfg_scale=scale)
+    assert out.shape == (2, model.in_channels, *model.input_size)
+    assert out.isfinite().all()
+    if not model.guidable:
+        with pytest.raises(ValueError, match="cfg_scale: got 2"):
+            fastdit.sample(model, classes, steps=3, cfg_scale=2)
+
+
+def test_wrong_conditions_of_samples_are_named(models):
+    for name, classes in (("unconditional", [1]), ("vectors", [1, 2]), ("signal", 3)):
+        with pytest.raises(ValueError, match="classes: got"):
+            fastdit.sample(models[name], classes, steps=2)
+
+
 @pytest.mark.parametrize("name", ["context_everything", "cross_rms_rope", "literal"])
 def test_compiles_whole(models, name):
     torch.compiler.reset()
