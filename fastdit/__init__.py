@@ -18,6 +18,7 @@ from fastdit.backends import BackendError, backend, current_backend, explain
 from fastdit.designs import presets
 from fastdit.diffusion import create_diffusion
 from fastdit.model import DiT, DiT_models
+from fastdit.sampler import Sampler
 from fastdit.sampling import sample
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ __all__ = [
     "CheckpointError",
     "DiT",
     "DiT_models",
+    "Sampler",
     "__version__",
     "backend",
     "create_diffusion",
