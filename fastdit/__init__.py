@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 from fastdit import ops
 from fastdit._version import __version__
 from fastdit.backends import BackendError, backend, current_backend, explain
+from fastdit.designs import presets
 from fastdit.diffusion import create_diffusion
 from fastdit.model import DiT, DiT_models
+from fastdit.sampler import Sampler
 from fastdit.sampling import sample
 
 if TYPE_CHECKING:
@@ -40,6 +42,7 @@ __all__ = [
     "DiT",
     "DiT_models",
     "NativeForward",
+    "Sampler",
     "__version__",
     "backend",
     "create_diffusion",
@@ -49,6 +52,7 @@ __all__ = [
     "ops",
     "patch",
     "patched",
+    "presets",
     "sample",
     "save_model",
 ]

@@ -7,6 +7,13 @@ from torch import nn
 GATED = ("GEGLU", "SwiGLU", "LuminaFeedForward", "AuraFlowFeedForward", "GLUMBConv")
 """Feed-forwards whose activation is a product of two projections."""
 
+NOT_NORMS = {
+    "AdaLayerNormSingle": "computes modulations, once a step; normalises nothing",
+    "AuraFlowPreFinalBlock": "modulates without a normalisation, once a step",
+    "CogVideoXPatchEmbed": "embeds text and video together, once a step",
+}
+"""Modules that look like sites by name."""
+
 
 def _attention(module: nn.Module) -> bool:
     """diffusers' attention: projections, and a processor that does the work."""
@@ -17,6 +24,8 @@ def why_left(module: nn.Module, inside: tuple[nn.Module, ...]) -> str | None:
     """The reason for the report; None for a module that is no site at all."""
     if "w12" in module._modules or type(module).__name__ in GATED:
         return "no fused op for its gated activation"
+    if (reason := NOT_NORMS.get(type(module).__name__)) is not None:
+        return reason
     if _attention(module):
         processor = type(getattr(module, "processor", None)).__name__
         return f"attention stays with diffusers' {processor}"

@@ -47,10 +47,10 @@ def _read(module: nn.Module, kind: str) -> Norm | None:
 
 def ready(x: Tensor, *modules: nn.Module | None) -> list[Norm] | None:
     """The modules' normalisations, if the ops can apply them all to `x` as the modules would."""
-    norms = [norm_of(module) for module in modules]
-    if x.dim() != 3 or not all(norm is not None and _fits(norm, x) for norm in norms):
+    found = [norm_of(module) for module in modules]
+    if x.dim() != 3 or not all(n is not None and _fits(n, x) for n in found):
         return None
-    return norms  # type: ignore[return-value]
+    return found  # type: ignore[return-value]
 
 
 def _fits(norm: Norm, x: Tensor) -> bool:
@@ -83,20 +83,11 @@ def adaln(
     )
 
 
-def _widens(x: Tensor, y: Tensor, gate: Tensor) -> bool:
-    """Whether PyTorch's x + gate·y has a wider dtype than x, which the ops never give."""
-    product = torch.promote_types(y.dtype, gate.dtype)
-    return torch.promote_types(x.dtype, product) != x.dtype
-
-
-def _eager(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    return x + (gate.unsqueeze(1) if gate.dim() == 2 else gate) * y
-
-
-def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    """x + gate·y."""
-    if _widens(x, y, gate):
-        return _eager(x, y, gate)
+def gated_residual(x: Tensor, y: Tensor, gate: Tensor, *, rounds: bool = False) -> Tensor:
+    """x + gate·y. PyTorch's result is in the widest of the three dtypes, and so is this one's;
+    with `rounds` the original rounds it to `x`'s."""
+    if not rounds and _widens(x, y, gate):
+        return x + (gate.unsqueeze(1) if gate.dim() == 2 else gate) * y
     return ops.gated_residual(x, y, rows(gate, x))
 
 
@@ -110,7 +101,7 @@ def gated_adaln(
 ) -> tuple[Tensor, Tensor]:
     """h = x + gate·y, and norm(h)·(1 + scale) + shift."""
     if _widens(x, y, gate):
-        h = _eager(x, y, gate)
+        h = gated_residual(x, y, gate)
         return h, adaln(norm, h, shift, scale)
     return ops.gated_adaln(
         x,
@@ -123,3 +114,46 @@ def gated_adaln(
         bias=norm.bias,
         norm=norm.kind,
     )
+
+
+def added_adaln(
+    norm: Norm,
+    x: Tensor,
+    y: Tensor,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """h = x + y, and norm(h)·(1 + scale) + shift: a gate of ones is D numbers, x is B·N·D."""
+    gate = y.new_ones(y.shape[-1]).expand(y.shape[0], -1)
+    return gated_adaln(norm, x, y, gate, shift, scale)
+
+
+class Stream:
+    """A residual stream whose last branch is still to be added: with the next norm, in one pass."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+        self.branch: tuple[Tensor, Tensor] | None = None
+
+    def modulated(self, norm: Norm, shift: Tensor | None, scale: Tensor | None) -> Tensor:
+        """Add the branch, if there is one; norm(x)·(1 + scale) + shift."""
+        if self.branch is None:
+            return adaln(norm, self.x, shift, scale)
+        self.x, normed = gated_adaln(norm, self.x, *self.branch, shift, scale)
+        self.branch = None
+        return normed
+
+    def add(self, y: Tensor, gate: Tensor) -> None:
+        """Leave gate·y to be added."""
+        self.branch = y, gate
+
+
+def _widens(x: Tensor, y: Tensor, gate: Tensor) -> bool:
+    product = torch.promote_types(y.dtype, gate.dtype)
+    return torch.promote_types(x.dtype, product) != x.dtype
+
+
+def table(parameter: Tensor, condition: Tensor) -> tuple[Tensor, ...]:
+    """A learned table `(K, D)` or `(1, K, D)` plus a condition `(B, K, D)`, or `(B, N, K, D)` per
+    token: K modulations as views of the sum."""
+    return (parameter + condition).unbind(-2)

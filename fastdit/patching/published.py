@@ -146,6 +146,7 @@ ROTARY = Rule(
         isinstance(getattr(m, "freqs_cos", None), Tensor)
         and isinstance(getattr(m, "freqs_sin", None), Tensor)
         and m.freqs_cos.dim() == 2
+        and not hasattr(m, "patch_size")  # diffusers makes tables for its processors
     ),
     probe=lambda m: [((torch.randn(2, 3, *m.freqs_cos.shape),), {})],
 )
@@ -271,7 +272,9 @@ PATCH_EMBED = Rule(
     ops="patch_embed",
     forward=patch_embed,
     recognises=lambda m: (
-        isinstance(m._modules.get("proj"), nn.Conv2d) and "pos_embed" not in m._buffers
+        isinstance(m._modules.get("proj"), nn.Conv2d)
+        and "text_proj" not in m._modules
+        and not hasattr(m, "interpolation_scale")  # diffusers', which adds positions itself
     ),
     refuses=_no_patches,
     probe=_patch_calls,

@@ -26,12 +26,17 @@ CHECKPOINTING = ("use_checkpoint", "gradient_checkpointing")
 """Attributes that switch activation checkpointing, which the replacement does not do."""
 
 
+def _norms(model: nn.Module) -> list[nn.Module]:
+    """Every block's two, then the final layer's."""
+    pairs = [norm for block in model.blocks for norm in (block.norm1, block.norm2)]
+    return [*pairs, model.final_layer.norm_final]
+
+
 def _bypassed(model: nn.Module) -> list[nn.Module]:
     """Modules whose work the replacement does itself."""
     layers = [*model.blocks, model.final_layer]
-    names = ("norm1", "norm2", "norm_final", "adaLN_modulation")
-    parts = [layer._modules.get(name) for layer in layers for name in names]
-    return [model.x_embedder, model.x_embedder.proj, *layers, *(p for p in parts if p is not None)]
+    conditions = [layer.adaLN_modulation for layer in layers]
+    return [model.x_embedder, model.x_embedder.proj, *layers, *conditions, *_norms(model)]
 
 
 def _modulations(layer: nn.Module, silu_c: Tensor) -> Tensor:
@@ -47,25 +52,19 @@ def model(self: nn.Module, x: Tensor, t: Tensor | None = None, y: Tensor | None 
     grid = [size // patch for size, patch in zip(x.shape[2:], proj.kernel_size, strict=True)]
     if grid[0] * grid[1] != self.pos_embed.shape[1] or x.shape[2] != x.shape[3]:
         return NotImplemented
+    stream = norms.Stream(ops.patch_embed(x, proj.weight, proj.bias, self.pos_embed))
+    found = norms.ready(stream.x, *_norms(self))
+    if found is None:
+        return NotImplemented
     c = F.silu(self.t_embedder(t) + self.y_embedder(y, self.training))
-    x = ops.patch_embed(x, proj.weight, proj.bias, self.pos_embed)
     rope = {"rope": self.feat_rope} if getattr(self, "feat_rope", None) is not None else {}
-    branch: tuple[Tensor, Tensor] | None = None
-
-    def modulated(norm: nn.Module, shift: Tensor | None, scale: Tensor) -> Tensor:
-        nonlocal x
-        found = norms.norm_of(norm)
-        if branch is None:
-            return norms.adaln(found, x, shift, scale)
-        x, normed = norms.gated_adaln(found, x, *branch, shift, scale)
-        return normed
-
-    for block in self.blocks:
-        shift1, scale1, gate1, shift2, scale2, gate2 = _six(_modulations(block, c), x.shape[-1])
-        branch = block.attn(modulated(block.norm1, shift1, scale1), **rope), gate1
-        branch = block.mlp(modulated(block.norm2, shift2, scale2)), gate2
+    for block, first, second in zip(self.blocks, found[::2], found[1::2], strict=False):
+        six = _six(_modulations(block, c), stream.x.shape[-1])
+        shift1, scale1, gate1, shift2, scale2, gate2 = six
+        stream.add(block.attn(stream.modulated(first, shift1, scale1), **rope), gate1)
+        stream.add(block.mlp(stream.modulated(second, shift2, scale2)), gate2)
     shift, scale = _modulations(self.final_layer, c).chunk(2, -1)
-    tokens = self.final_layer.linear(modulated(self.final_layer.norm_final, shift, scale))
+    tokens = self.final_layer.linear(stream.modulated(found[-1], shift, scale))
     channels = tokens.shape[-1] // (proj.kernel_size[0] * proj.kernel_size[1])
     return ops.unpatchify(tokens, proj.kernel_size, grid, channels)
 
@@ -96,9 +95,7 @@ def _refuses(module: nn.Module) -> str | None:
         and isinstance(layer.adaLN_modulation[0], nn.SiLU)
         for layer in layers
     )
-    affine = [norms.norm_of(m) for b in module.blocks for m in (b.norm1, b.norm2)]
-    affine.append(norms.norm_of(module.final_layer.norm_final))
-    if not plain or None in affine:
+    if not plain or None in map(norms.norm_of, _norms(module)):
         return "a modulation or normalisation is of another kind"
     if len({probe.kind(BLOCK, block) for block in module.blocks}) > 1:
         return "its blocks are of different kinds"

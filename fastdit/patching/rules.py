@@ -75,13 +75,15 @@ def own_forward(module: nn.Module) -> Any:
 
 
 def watched(module: nn.Module) -> bool:
-    """Whether a call of the module is seen or changed by anything but its class."""
+    """Whether a call of the module is seen or changed by anything but its class: a hook, a forward
+    of its own, `module.compile()`."""
     forward = own_forward(module)
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
+        or module._compiled_call_impl is not None
         or (forward is not None and not is_ours(forward))
     )
 
