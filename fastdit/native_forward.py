@@ -71,7 +71,8 @@ class NativeForward:
             packed = self._pack()
         if packed.watch.hooked():
             raise Unfit("a module has a forward hook")
-        if self.model.training and self.model.y_embedder.dropout_prob > 0:
+        embedder = self.model.y_embedder
+        if self.model.training and embedder is not None and embedder.dropout_prob > 0:
             raise Unfit("the model is in training mode, where labels are dropped")
         return packed
 
@@ -85,25 +86,31 @@ class NativeForward:
             self._packed = packed = Packed(self.model)
         return packed
 
-    def conditioning(self, t: Tensor, y: Tensor, force_drop_ids: Tensor | None = None) -> Tensor:
+    def conditioning(
+        self, t: Tensor, y: Tensor | None = None, force_drop_ids: Tensor | None = None
+    ) -> Tensor:
         """`model.conditioning(t, y)`: all that x has no part in, `(B, (6·depth + 2)·D)`."""
         try:
             packed = self._ready()
-            _check_times(t, y)
         except Unfit as why:
             self.reason = str(why)
             return self.model.conditioning(t, y, force_drop_ids)
         self.reason = None
-        return packed.conditioning(t, self._labels(y, force_drop_ids))
+        return self._rows(packed, t, y, force_drop_ids)
 
-    def _labels(self, y: Tensor, force_drop_ids: Tensor | None) -> Tensor:
-        return y if force_drop_ids is None else self.model.y_embedder.token_drop(y, force_drop_ids)
+    def _rows(
+        self, packed: Packed, t: Tensor, y: Tensor | None, force_drop_ids: Tensor | None
+    ) -> Tensor:
+        """Rows by the library, or by the model where it conditions in a way of its own."""
+        if packed.conditions and force_drop_ids is None and _plain_times(t, y):
+            return packed.conditioning(t, y)
+        return self.model.conditioning(t, y, force_drop_ids)
 
     def __call__(
         self,
         x: Tensor,
         t: Tensor | None,
-        y: Tensor | None,
+        y: Tensor | None = None,
         force_drop_ids: Tensor | None = None,
         *,
         conditioning: Tensor | None = None,
@@ -118,15 +125,13 @@ class NativeForward:
         """
         try:
             packed = self._ready(x, conditioning)
-            if conditioning is None:
-                _check_times(t, y)
         except Unfit as why:
             self.reason = str(why)
             return self.model(x, t, y, force_drop_ids, conditioning=conditioning)
         self.reason = None
         self.model._check_inputs(x, t, y, conditioning)
         if conditioning is None:
-            conditioning = packed.conditioning(t, self._labels(y, force_drop_ids))
+            conditioning = self._rows(packed, t, y, force_drop_ids)
         return packed.forward(x, conditioning)
 
     def forward_with_cfg(
@@ -182,9 +187,9 @@ def _check_tensor(value: Tensor) -> None:
         raise Unfit("an argument is lazily negated")
 
 
-def _check_times(t: Tensor | None, y: Tensor | None) -> None:
-    for name, value in (("t", t), ("y", y)):
+def _plain_times(t: Tensor, y: Tensor | None) -> bool:
+    """Whether these are timesteps and labels on this device, one for each sample."""
+    for value in (t, y):
         if type(value) is not Tensor or value.device.type != "cpu" or value.dim() != 1:
-            raise Unfit(f"{name} is not a plain CPU tensor (B,)")
-    if t.shape != y.shape or y.is_floating_point():
-        raise Unfit("y is not an integer for each of t")
+            return False
+    return t.shape == y.shape and not (y.is_floating_point() or t.is_neg())

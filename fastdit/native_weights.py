@@ -7,7 +7,6 @@ anything has changed that the packed copy depends on.
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterator
 
@@ -15,22 +14,47 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
-from fastdit import embeddings, model
+from fastdit import blocks, embeddings, model, positions
 
 
 class Unfit(Exception):
     """Why the native forward cannot stand for a model."""
 
 
-def _linears(dit: nn.Module) -> Iterator[nn.Linear]:
-    for block in dit.blocks:
-        yield from (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)
-    yield dit.final_layer.linear
+KNOWN = {
+    "conditioning": "adaln_zero",
+    "rope": False,
+    "any_size": False,
+    "norm": "layer",
+    "qk_norm": None,
+    "mlp": "gelu",
+    "residual": "x",
+    "scale_plus_one": True,
+}
+"""What must be as published in a model's design. The other fields shape its positions, of which it
+has a table, and its conditioning, of which it gets rows."""
 
-
-_TYPES = {
-    "x_embedder": model.PatchEmbed,
-    "x_embedder.proj": nn.Conv2d,
+_BODY = {
+    "x_embedder": (blocks.PatchEmbed,),
+    "x_embedder.proj": (nn.Conv1d, nn.Conv2d),
+    "blocks": (nn.ModuleList,),
+    "final_layer": (blocks.FinalLayer,),
+    "final_layer.norm_final": (blocks.Norm,),
+    "final_layer.linear": (nn.Linear,),
+}
+_BLOCK = {
+    "": (blocks.DiTBlock,),
+    ".norm1": (blocks.Norm,),
+    ".attn": (blocks.Attention,),
+    ".attn.qkv": (nn.Linear,),
+    ".attn.proj": (nn.Linear,),
+    ".norm2": (blocks.Norm,),
+    ".mlp": (blocks.Mlp,),
+    ".mlp.fc1": (nn.Linear,),
+    ".mlp.fc2": (nn.Linear,),
+}
+_MODULATION = {"": nn.Sequential, ".0": nn.SiLU, ".1": nn.Linear}
+_EMBEDDERS = {
     "t_embedder": embeddings.TimestepEmbedder,
     "t_embedder.mlp": nn.Sequential,
     "t_embedder.mlp.0": nn.Linear,
@@ -38,60 +62,54 @@ _TYPES = {
     "t_embedder.mlp.2": nn.Linear,
     "y_embedder": embeddings.LabelEmbedder,
     "y_embedder.embedding_table": nn.Embedding,
-    "blocks": nn.ModuleList,
-    "final_layer": model.FinalLayer,
-    "final_layer.linear": nn.Linear,
-    "final_layer.adaLN_modulation": nn.Sequential,
-    "final_layer.adaLN_modulation.0": nn.SiLU,
-    "final_layer.adaLN_modulation.1": nn.Linear,
-}
-_BLOCK_TYPES = {
-    "": model.DiTBlock,
-    ".attn": model.Attention,
-    ".attn.qkv": nn.Linear,
-    ".attn.proj": nn.Linear,
-    ".mlp": model.Mlp,
-    ".mlp.fc1": nn.Linear,
-    ".mlp.fc2": nn.Linear,
-    ".adaLN_modulation": nn.Sequential,
-    ".adaLN_modulation.0": nn.SiLU,
-    ".adaLN_modulation.1": nn.Linear,
 }
 
 
-_PUBLISHED = (
-    "input_size",
-    "patch_size",
-    "in_channels",
-    "hidden_size",
-    "depth",
-    "num_heads",
-    "mlp_ratio",
-    "class_dropout_prob",
-    "num_classes",
-    "learn_sigma",
-)
+def linears(dit: nn.Module) -> Iterator[nn.Linear]:
+    """The Linears that read tokens, in the order of their packing."""
+    for block in dit.blocks:
+        yield from (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)
+    yield dit.final_layer.linear
 
 
 def _check_design(dit: nn.Module) -> None:
-    """Raise `Unfit` unless `dit` is a `fastdit.DiT` of the published design, unwatched."""
+    """Raise `Unfit` unless `dit` is a `fastdit.DiT` whose tokens go through what is known."""
     if type(dit) is not model.DiT:
         raise Unfit(f"the model is a {type(dit).__name__}, not a fastdit.DiT")
-    for name, parameter in inspect.signature(model.DiT.__init__).parameters.items():
-        published = name in _PUBLISHED or name == "self" or name not in dit.config
-        if not published and dit.config[name] != parameter.default:
-            raise Unfit(f"{name} is {dit.config[name]!r}; it knows the published design alone")
-    wanted = {"": model.DiT, **_TYPES}
-    for index in range(len(dit.blocks)):
-        wanted |= {f"blocks.{index}{name}": kind for name, kind in _BLOCK_TYPES.items()}
-    for name, module in dit.named_modules(remove_duplicate=False):
-        kind = wanted.pop(name, None)
-        if type(module) is not kind:
-            raise Unfit(f"{name} is a {type(module).__name__}, which it does not know")
+    for name, published in KNOWN.items():
+        got = getattr(dit.design, name)
+        if got != published:
+            raise Unfit(f"{name} is {got!r}; it knows {published!r}")
+    modules = dict(dit.named_modules(remove_duplicate=False))
+    for name, module in modules.items():
         if "forward" in vars(module):
             raise Unfit(f"{name or 'the model'} has a forward of its own")
-    if wanted:
-        raise Unfit(f"{next(iter(wanted))} is missing")
+    wanted = dict(_BODY)
+    for index in range(len(dit.blocks)):
+        wanted |= {f"blocks.{index}{name}": kinds for name, kinds in _BLOCK.items()}
+    for name, kinds in wanted.items():
+        if type(modules.get(name)) not in kinds:
+            raise Unfit(f"{name} is a {type(modules.get(name)).__name__}, which it does not know")
+    if len(dit.rows_widths) != len(dit.blocks) + 2:
+        raise Unfit("blocks were added or taken away")
+    if any(block.attn.num_heads != dit.num_heads for block in dit.blocks):
+        raise Unfit("its blocks differ in their heads")
+    if any(module.bias is None for module in (dit.x_embedder.proj, *linears(dit))):
+        raise Unfit("a layer has no bias")
+
+
+def _published_conditioning(dit: nn.Module) -> bool:
+    """Whether rows are Linear(SiLU(c)) of c = MLP(t) + table[y], all of it plain."""
+    modules = dict(dit.named_modules(remove_duplicate=False))
+    layers = [f"blocks.{i}" for i in range(len(dit.blocks))] + ["final_layer"]
+    wanted = dict(_EMBEDDERS)
+    for layer in layers:
+        wanted |= {f"{layer}.adaLN_modulation{name}": kind for name, kind in _MODULATION.items()}
+    return (
+        dit.design.condition_fusion == "sum"
+        and all(type(modules.get(name)) is kind for name, kind in wanted.items())
+        and all(modules[name].bias is not None for name, k in wanted.items() if k is nn.Linear)
+    )
 
 
 def _check_parameters(dit: nn.Module) -> None:
@@ -102,11 +120,6 @@ def _check_parameters(dit: nn.Module) -> None:
             raise Unfit(f"{name} is {parameter.dtype}; it computes in float32")
         if type(parameter) is not nn.Parameter or parameter.is_inference():
             raise Unfit(f"{name} is not a plain parameter that counts its changes")
-    for name, module in dit.named_modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d)) and module.bias is None:
-            raise Unfit(f"{name} has no bias")
-    if any(block.attn.num_heads != dit.num_heads for block in dit.blocks):
-        raise Unfit("its blocks differ in their heads")
 
 
 class Watch:
@@ -132,7 +145,8 @@ class Watch:
             for hooks in (module._forward_hooks, module._forward_pre_hooks)
         ]
         self.instances = [vars(module) for module in modules]
-        self.blocks, self.depth = dit.blocks._modules, len(dit.blocks)
+        self.dit, self.blocks, self.depth = dit, dit.blocks._modules, len(dit.blocks)
+        self.input_size = dit.input_size
 
     def _contents(self) -> list[int]:
         found = [p._version for p in self.parameters]
@@ -151,7 +165,11 @@ class Watch:
         for instance in self.instances:
             if "forward" in instance:
                 return False
-        return len(self.blocks) == self.depth and self.contents == self._contents()
+        return (
+            len(self.blocks) == self.depth
+            and self.dit.input_size == self.input_size
+            and self.contents == self._contents()
+        )
 
 
 class Packed:
@@ -164,19 +182,25 @@ class Packed:
         ops = torch.ops.fastdit_native
         self.current_isa = ops.cpu_isa
         self.isa = self.current_isa()
-        width = dit.pos_embed.shape[-1]
+        width, signal = dit.hidden_size, len(dit.patch) == 1
+        size, patch = ((1, *pair) if signal else pair for pair in (dit.input_size, dit.patch))
         mlp = dit.blocks[0].mlp.fc1.out_features if len(dit.blocks) else width
-        sizes = (dit.in_channels, *dit.input_size, dit.patch_size, width, len(dit.blocks))
-        self.dit = [*sizes, dit.num_heads, mlp, dit.out_channels]
-        patch = dit.x_embedder.proj
-        parameters = [patch.weight.reshape(width, -1), patch.bias, dit.pos_embed[0]]
-        for linear in _linears(dit):
+        sizes = (dit.in_channels, *size, *patch, width, len(dit.blocks))
+        self.dit, self.signal = [*sizes, dit.num_heads, mlp, dit.out_channels], signal
+        table = positions.table_for(dit, dit.grid)
+        tokens = math.prod(dit.grid)
+        table = torch.zeros(tokens, width) if table is None else table[0].float()
+        proj = dit.x_embedder.proj
+        parameters = [proj.weight.reshape(width, -1), proj.bias, table]
+        for linear in linears(dit):
             parameters += [linear.weight, linear.bias]
         self.weights = ops.forward_pack([p.detach().contiguous() for p in parameters], self.dit)
-        self._conditioning(dit)
+        self.conditions = _published_conditioning(dit)
+        if self.conditions:
+            self._take_conditioning(dit)
         self.workspaces: dict[int, Tensor] = {}
 
-    def _conditioning(self, dit: nn.Module) -> None:
+    def _take_conditioning(self, dit: nn.Module) -> None:
         half = dit.t_embedder.frequency_embedding_size // 2
         exponents = torch.arange(half, dtype=torch.float32) / half
         self.frequencies = torch.exp(-math.log(10000) * exponents)
@@ -191,6 +215,7 @@ class Packed:
         )
 
     def conditioning(self, t: Tensor, y: Tensor) -> Tensor:
+        """`(B, W)` rows of timesteps and labels, if the model `conditions` as published."""
         return torch.ops.fastdit_native.forward_conditioning(
             t.detach().float().contiguous(),
             y.detach().long().contiguous(),
@@ -200,6 +225,7 @@ class Packed:
         )
 
     def forward(self, x: Tensor, rows: Tensor) -> Tensor:
+        """The model's output for x and its conditioning rows."""
         ops, batch = torch.ops.fastdit_native, x.shape[0]
         # Taken out while it is in use: a second thread makes its own.
         workspace = self.workspaces.pop(batch, None)
@@ -207,6 +233,7 @@ class Packed:
             workspace = torch.empty(ops.forward_workspace(self.dit, batch))
             self.workspaces.clear()
         rows = rows if rows.stride(1) == 1 else rows.contiguous()
+        x = x.unsqueeze(2) if self.signal else x
         out = ops.forward(x, rows, self.weights, workspace, self.dit)
         self.workspaces[batch] = workspace
-        return out
+        return out.squeeze(2) if self.signal else out

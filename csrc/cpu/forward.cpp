@@ -49,13 +49,13 @@ void gather_patches(const Dit& d, const Tensor& x, float* to, int64_t stride) {
   const int64_t lines = x.size(0) * d.grid_rows();
   shared(lines, double(x.numel()), [&](int64_t begin, int64_t end) {
     for (int64_t line = begin; line < end; ++line) {
-      const float* from = image + line / d.grid_rows() * sb + line % d.grid_rows() * d.patch * sh;
+      const float* from = image + line / d.grid_rows() * sb + line % d.grid_rows() * d.patch_rows * sh;
       for (int64_t column = 0; column < d.grid_columns(); ++column) {
         float* row = to + (line * d.grid_columns() + column) * stride;
         for (int64_t c = 0; c < d.channels; ++c)
-          for (int64_t i = 0; i < d.patch; ++i)
-            for (int64_t j = 0; j < d.patch; ++j)
-              *row++ = from[c * sc + i * sh + (column * d.patch + j) * sw];
+          for (int64_t i = 0; i < d.patch_rows; ++i)
+            for (int64_t j = 0; j < d.patch_columns; ++j)
+              *row++ = from[c * sc + i * sh + (column * d.patch_columns + j) * sw];
       }
     }
   });
@@ -68,13 +68,15 @@ void scatter_pixels(const Dit& d, const float* rows, int64_t stride, int64_t bat
     for (int64_t line = begin; line < end; ++line) {
       const int64_t sample = line / d.grid_rows();
       float* to = image + sample * d.out_channels * plane +
-                  line % d.grid_rows() * d.patch * d.width;
+                  line % d.grid_rows() * d.patch_rows * d.width;
       const float* from = rows + line * d.grid_columns() * stride;
       for (int64_t c = 0; c < d.out_channels; ++c)
-        for (int64_t i = 0; i < d.patch; ++i)
-          for (int64_t w = 0; w < d.width; ++w)
+        for (int64_t i = 0; i < d.patch_rows; ++i)
+          for (int64_t w = 0; w < d.width; ++w) {
+            const int64_t pixel = i * d.patch_columns + w % d.patch_columns;
             to[c * plane + i * d.width + w] =
-                from[w / d.patch * stride + (i * d.patch + w % d.patch) * d.out_channels + c];
+                from[w / d.patch_columns * stride + pixel * d.out_channels + c];
+          }
     }
   });
 }

@@ -9,16 +9,17 @@
 
 namespace fastdit {
 
-// In the order of `fastdit.native_forward`'s tuple.
+// In the order of `fastdit.native_weights`'s tuple.
 struct Dit {
-  int64_t channels, height, width, patch, hidden, depth, heads, mlp, out_channels;
+  int64_t channels, height, width, patch_rows, patch_columns;
+  int64_t hidden, depth, heads, mlp, out_channels;
 
-  static constexpr int64_t kNumbers = 9;
-  int64_t grid_rows() const { return height / patch; }
-  int64_t grid_columns() const { return width / patch; }
+  static constexpr int64_t kNumbers = 10;
+  int64_t grid_rows() const { return height / patch_rows; }
+  int64_t grid_columns() const { return width / patch_columns; }
   int64_t tokens() const { return grid_rows() * grid_columns(); }
-  int64_t patch_size() const { return channels * patch * patch; }
-  int64_t pixels() const { return out_channels * patch * patch; }
+  int64_t patch_size() const { return channels * patch_rows * patch_columns; }
+  int64_t pixels() const { return out_channels * patch_rows * patch_columns; }
   int64_t modulations() const { return (6 * depth + 2) * hidden; }
 };
 

@@ -26,7 +26,8 @@ inline int64_t panel() {
   return width;
 }
 
-inline const float* floats_of(const Tensor& t, std::initializer_list<int64_t> shape, const char* name) {
+inline const float* floats_of(const Tensor& t, std::initializer_list<int64_t> shape,
+                              const char* name) {
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.is_cpu() && t.is_contiguous(), name,
                   ": must be a contiguous float32 CPU tensor");
   check_shape(t, shape, name);
@@ -36,10 +37,10 @@ inline const float* floats_of(const Tensor& t, std::initializer_list<int64_t> sh
 inline Dit dit_of(const std::vector<int64_t>& numbers) {
   STD_TORCH_CHECK(int64_t(numbers.size()) == Dit::kNumbers, "dit: wrong length");
   Dit d{numbers[0], numbers[1], numbers[2], numbers[3], numbers[4],
-        numbers[5], numbers[6], numbers[7], numbers[8]};
+        numbers[5], numbers[6], numbers[7], numbers[8], numbers[9]};
   for (size_t i = 0; i < numbers.size(); ++i)
-    STD_TORCH_CHECK(numbers[i] > 0 || (i == 5 && numbers[i] == 0), "dit: got ", numbers[i]);
-  STD_TORCH_CHECK(d.height % d.patch == 0 && d.width % d.patch == 0, "dit: patch");
+    STD_TORCH_CHECK(numbers[i] > 0 || (i == 6 && numbers[i] == 0), "dit: got ", numbers[i]);
+  STD_TORCH_CHECK(d.height % d.patch_rows == 0 && d.width % d.patch_columns == 0, "dit: patch");
   STD_TORCH_CHECK(d.hidden % d.heads == 0, "dit: heads");
   return d;
 }
