@@ -28,7 +28,7 @@ BENCHMARK = OpBenchmark(
     inputs,
     sizes={
         ("cpu", "standard"): scaling((1, 4, 16), (4, 8, 32)),
-        ("cuda", "standard"): scaling((1, 8, 128), (8, 32, 64)),
+        ("cuda", "standard"): scaling((1, 4, 128), (8, 32, 64)),
     },
 )
 

@@ -14,6 +14,9 @@ from harness.op_benchmark import in_order
 from harness.problem import DTYPES, EAGER, OURS, Absent, Case, Problem
 from harness.running import main, tests
 
+import fastdit
+
+NATIVE = "fastdit, NativeForward"
 TOLERANCE = {"fp32": 1e-4, "bf16": 8e-2, "fp16": 2e-2}
 SIZES = {  # model, batch, subset
     "cpu": [
@@ -46,6 +49,9 @@ def problem(name: str, batch: int, dtype: str, device: str) -> Problem:
     args = models.inputs(model, batch)
     calm = torch.no_grad()
     columns = {EAGER: calm(lambda: plain(*args)), OURS: calm(lambda: model(*args))}
+    if device == "cpu":
+        native = fastdit.NativeForward(model)
+        columns[NATIVE] = calm(lambda: native(*args))
     if (name, batch) in COMPILED[device]:
         compiled = peers.compile_columns(plain, *args, device=device)
         columns |= {key: calm(column) for key, column in compiled.items()}
@@ -86,7 +92,7 @@ def cases(device: str) -> list[Case]:
     ]
 
 
-test_model = tests(cases)
+test_model = tests(cases, NATIVE)
 
 if __name__ == "__main__":
     main(cases)

@@ -2,7 +2,7 @@
 
     python benchmarks/readme_tables.py            # write them
     python benchmarks/readme_tables.py --check    # fail where a table is not what the results say
-    python benchmarks/readme_tables.py --retake   # measure again first, then write: an idle machine!
+    python benchmarks/readme_tables.py --retake   # measure first: on an idle machine
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`; what is typed there is replaced.
 """

@@ -24,7 +24,7 @@ FOLDER = Path(__file__).resolve().parents[1]
 def all_cases(device: str) -> list[Case]:
     """Of every `bench_*.py`, by level."""
     modules = [importlib.import_module(p.stem) for p in sorted(FOLDER.glob("bench_*.py"))]
-    found = [case for module in modules for case in module.cases(device)]
+    found = [case for m in modules if hasattr(m, "cases") for case in m.cases(device)]
     return sorted(found, key=lambda case: LEVELS.index(case.level))
 
 

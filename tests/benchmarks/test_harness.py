@@ -161,7 +161,8 @@ def test_a_result_holds_shares_of_the_ceilings_and_the_spread():
 def test_memory_is_the_allocators_and_what_autograd_keeps():
     x = torch.ones(1000, requires_grad=True)
     assert facts.saved_bytes(lambda: (x * 2).exp().sum()) == 4000  # exp keeps its result
-    assert facts.peak_bytes(lambda: torch.ones(1000) + 1, "cpu") == 8000
+    # `+ 1` makes a tensor of the number for a moment.
+    assert 8000 <= facts.peak_bytes(lambda: torch.ones(1000) + 1, "cpu") <= 8016
 
 
 def test_without_a_gpu_there_is_no_energy(monkeypatch):
@@ -223,9 +224,11 @@ def test_the_published_steps_are_fastdits_and_diffusers(module, what):
 
 def test_the_plain_model_is_fastdits_and_diffusers():
     bench = importlib.import_module("bench_model")
-    problem = bench.problem(bench.models.DIGITS, 1, "fp32", "cpu")
-    problem.columns = {k: problem.columns.get(k) for k in (EAGER, OURS)}
-    assert measure.checked(problem)[OURS]["error"] <= 1e-5
+    problem = bench.problem(bench.models.DIGITS, 2, "fp32", "cpu")
+    columns = (EAGER, OURS, bench.NATIVE, "diffusers")
+    problem.columns = {k: problem.columns[k] for k in columns if k in problem.columns}
+    for name, row in measure.checked(problem).items():
+        assert row["status"] == "absent" or row.get("error", 0) <= 1e-5, name
     model, plain = bench.models.pair(bench.models.DIGITS, torch.float32, "cpu")
     x, t, y = bench.models.inputs(model, 2)
     assert plain(x, t, y).abs().max() > 0.01, "a model of zeros agrees with anything"

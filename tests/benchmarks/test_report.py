@@ -64,7 +64,7 @@ def test_a_file_is_written_whole_or_not_at_all(run, tmp_path, monkeypatch):
     path = tmp_path / "results.json"
     results.write(path, run)
     assert results.read(path) == run
-    with pytest.raises(ValueError, match="not JSON compliant|Out of range"):
+    with pytest.raises(ValueError, match=r"not JSON compliant|Out of range"):
         results.write(path, run | {"seconds": float("nan")})
     assert results.read(path) == run
     assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
