@@ -80,7 +80,8 @@ def figures() -> str:
         ),
         (
             f"digits a second, {demo['steps']} guided steps on {demo['threads']} "
-            f"{demo['device'].upper()} threads, with the compiled kernels beside eager PyTorch",
+            f"{demo['device'].upper()} thread{'s' * (demo['threads'] > 1)}, with the compiled "
+            "kernels beside eager PyTorch",
             f"{rates}, a median ratio of {demo['ratio']['median']:.2f}",
             "`fastdit demo`",
         ),

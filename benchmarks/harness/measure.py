@@ -71,9 +71,12 @@ def checked(problem: Problem) -> dict[str, Row]:
             want = got
         elif name not in problem.unchecked:
             allowed = problem.tolerances.get(name, problem.tolerance)
-            rows[name]["error"] = found = error(got, want)
+            found = error(got, want)
+            rows[name]["error"] = found if math.isfinite(found) else None
             if not found <= allowed:
                 said = f"differs from eager by {found:.1e} of its largest, allowed is {allowed:.0e}"
+                if not math.isfinite(found):
+                    said = "differs from eager in shape or in number, or is not finite"
                 if ours:
                     raise WrongResult(f"{name}: {said}")
                 rows[name] |= {"status": BROKEN, "reason": said}

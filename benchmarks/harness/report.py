@@ -171,6 +171,32 @@ def modelled_section(run: Run) -> str:
     )
 
 
+def proof_section(run: Run) -> str:
+    """Measured beside modelled times of every kernel, and how the tests on the GPU ended."""
+    proof = run.get("gpu_proof")
+    if proof is None:
+        return ""
+    columns = ("op", "pass", "kernel", "modelled µs", "measured µs", "eager µs", "TB/s")
+    lines = []
+    for row in proof["rows"]:
+        numbers = (
+            row.get("modelled_us"),
+            row.get("measured_us", {}).get("p50"),
+            row.get("eager_us"),
+            row.get("terabytes_per_second"),
+        )
+        words = (row["op"], row["pass"], row["kernel"] or f"eager: {row.get('why_not')}")
+        shown = [*map(html.escape, words), *("–" if n is None else significant(n) for n in numbers)]
+        lines.append("<tr>" + "".join(f"<td>{text}</td>" for text in shown) + "</tr>")
+    tests = ", ".join(f"{n} {word}" for word, n in proof["tests"].items()) or "skipped"
+    head = "".join(f"<th>{column}</th>" for column in columns)
+    return (
+        f"<section id=proof><h2>The proof on a {html.escape(proof['gpu'])}</h2>"
+        f"<p>Tests on the GPU: {tests}. Modelled for a {proof['data_sheet']}.</p>"
+        f"<div class=wide><table><tr>{head}</tr>{''.join(lines)}</table></div></section>"
+    )
+
+
 def page(run: Run) -> str:
     """The whole page."""
     large = "".join(f"<div><b>{v}</b><span>{html.escape(t)}</span></div>" for v, t in tiles(run))
@@ -197,6 +223,7 @@ def page(run: Run) -> str:
         "<p class=note>Columns of a case took turns on one machine; a figure is the median of its "
         "turns, a ratio the median of the turns' ratios. Each column's result was checked against "
         "eager's before it was timed.</p>",
+        proof_section(run),
         *(part for level in TITLES for part in level_section(run, level)),
         "<section id=more><h2>Against the ceilings, over sizes, in memory</h2>",
         figure(plots.roofline(run), "Matrix products: hollow eager, filled fastdit."),

@@ -27,6 +27,11 @@ def slug(machine: dict[str, Any]) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
+def default_path(run: Run) -> Path:
+    """Where a run goes if nothing else is asked for: a file for each machine."""
+    return RESULTS / f"{slug(run['machine'])}.json"
+
+
 def write(path: Path, run: Run) -> None:
     text = json.dumps(run, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     atomic_write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
@@ -137,7 +142,8 @@ def describe(machine: dict[str, Any]) -> str:
     """The machine in one sentence."""
     v = machine["versions"]
     device = machine.get("gpu") or f"{machine['cpu']}, {machine['instructions']}"
-    threads = "" if "gpu" in machine else f"{machine['threads']} threads of {machine['cores']}, "
+    count = f"{machine['threads']} thread{'s' * (machine['threads'] > 1)}"
+    threads = "" if "gpu" in machine else f"{count} on {machine['cores']} cores, "
     return f"{device}, {threads}torch {v['torch']}, fastdit {v['fastdit']} ({machine['commit']})"
 
 

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from harness import facts, machine, modelled, results
-from harness.measure import Result, measure
+from harness.measure import measure
 from harness.problem import LEVELS, SUBSETS, Case, chosen
 
-__all__ = ["SUBSETS", "all_cases", "run", "select"]
+__all__ = ["LEVELS", "SUBSETS", "all_cases", "run", "select"]
 FOLDER = Path(__file__).resolve().parents[1]
 
 
@@ -56,9 +56,10 @@ def run(
     rounds: int = 31,
     patience: float = 20.0,
     each: Callable[[Case], Any] = lambda case: None,
-    done: Callable[[Result], Any] = lambda result: None,
+    done: Callable[[results.Run], Any] = lambda run: None,
     with_model: bool = True,
     deadline: float | None = None,
+    further: dict[str, Any] | None = None,
 ) -> results.Run:
     """Measure the cases.
 
@@ -67,35 +68,37 @@ def run(
         device: "cpu" or "cuda".
         rounds: turns of a column at most.
         patience: seconds that each case may wait for an idle machine.
-        each, done: called before and after each case.
+        each: called before each case.
+        done: called after each case with the run so far, to save it.
         with_model: add the modelled GPU table.
+        further: what else the run records.
         deadline: seconds after which no further case is begun; those left are named.
     """
     begun = time.perf_counter()
     dtypes = list(dict.fromkeys(case.dtype for case in cases))
     ceilings = machine.ceilings(device, dtypes, patience)
     meter = facts.Meter()
-    found, failed, left = [], {}, []
-    for case in cases:
-        if deadline is not None and time.perf_counter() - begun > deadline:
-            left.append(case.id)
-            continue
-        each(case)
-        try:
-            found.append(measure(case, ceilings, meter, rounds, patience))
-        except Exception as error:
-            failed[case.id] = f"{type(error).__name__}: {error}"
-            continue
-        done(found[-1])
-    return {
+    found: results.Run = {
         "kind": results.KIND,
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "machine": machine.describe(device),
         "ceilings": ceilings,
         "energy": meter.reason or "NVML",
-        "results": found,
-        "failed": failed,
-        "left_out": left,
+        "results": [],
+        "failed": {},
+        "left_out": [],
         "modelled": modelled.table() if with_model else [],
-        "seconds": time.perf_counter() - begun,
-    }
+        "seconds": 0.0,
+    } | (further or {})
+    for case in cases:
+        if deadline is not None and time.perf_counter() - begun > deadline:
+            found["left_out"].append(case.id)
+            continue
+        each(case)
+        try:
+            found["results"].append(measure(case, ceilings, meter, rounds, patience))
+        except Exception as error:
+            found["failed"][case.id] = f"{type(error).__name__}: {error}"
+        found["seconds"] = time.perf_counter() - begun
+        done(found)
+    return found

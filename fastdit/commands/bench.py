@@ -29,7 +29,7 @@ from fastdit.commands import gpu_proof
 SUMMARY = "benchmark against eager PyTorch and its peers, and draw a report"
 FOLDER = "benchmarks"
 PROOF_SECONDS = 570.0
-SECONDS_OF_A_CASE = 60.0
+SECONDS_OF_A_CASE = 120.0
 """The longest: compiling DiT-XL/2 with max-autotune. None is begun with less time left."""
 
 
@@ -73,38 +73,41 @@ def harness() -> ModuleType:
     return importlib.import_module("harness.suite")
 
 
-def measured(suite: ModuleType, cases: list[Any], device: str, **options: Any) -> dict[str, Any]:
-    """Run the cases under a progress bar."""
+def measured(
+    suite: ModuleType, cases: list[Any], device: str, out: Path | None, **options: Any
+) -> dict[str, Any]:
+    """Run the cases under a progress bar. What is measured is on disk after each case: a run that
+    is interrupted keeps it, and `--report` draws it."""
+    from harness import results
     from tqdm.auto import tqdm
+
+    def done(run: dict[str, Any]) -> None:
+        bar.update()
+        results.write(out or results.default_path(run), run)
 
     with tqdm(total=len(cases), unit="case") as bar:
         return suite.run(
-            cases,
-            device,
-            each=lambda case: bar.set_postfix_str(case.id),
-            done=lambda result: bar.update(),
-            **options,
+            cases, device, each=lambda case: bar.set_postfix_str(case.id), done=done, **options
         )
 
 
-def save(run: dict[str, Any], out: Path | None, console: Console) -> Path:
-    """Write the JSON and the page beside it."""
+def draw(run: dict[str, Any], out: Path | None, console: Console) -> None:
+    """Write the page beside the JSON."""
     from harness import report, results
 
-    path = out or results.RESULTS / f"{results.slug(run['machine'])}.json"
-    results.write(path, run)
+    path = out or results.default_path(run)
     report.write(path.with_suffix(".html"), run)
     console.print(f"wrote {path} and {path.with_suffix('.html')}", soft_wrap=True)
-    return path
 
 
 def prove(args: argparse.Namespace, suite: ModuleType, console: Console) -> None:
     """What needs a GPU, the most telling first: the tests and the kernels beside their models, then
-    the benchmarks of the quick subset, of the standard one, and of the full one, until
-    `PROOF_SECONDS` are over. What was not reached is named."""
+    the benchmarks, sampling before models before ops in each subset, until `PROOF_SECONDS` are
+    over. What was not reached is named."""
     begun = time.perf_counter()
     cases = suite.select("cuda", args.subset, args.level, args.only)
-    cases.sort(key=lambda case: suite.SUBSETS.index(case.subset))
+    levels = suite.LEVELS
+    cases.sort(key=lambda c: (suite.SUBSETS.index(c.subset), -levels.index(c.level)))
     if args.dry_run:
         gpu_proof.dry_run(args, console)
         names = [f"  {case.level}: {case.id}" for case in cases]
@@ -112,8 +115,10 @@ def prove(args: argparse.Namespace, suite: ModuleType, console: Console) -> None
         return console.print("\n".join(names), highlight=False)
     result = gpu_proof.prove(args, console, seconds_of_tests=0.4 * PROOF_SECONDS)
     left = PROOF_SECONDS - (time.perf_counter() - begun) - SECONDS_OF_A_CASE
-    found = measured(suite, cases, "cuda", rounds=args.rounds, deadline=left)
-    save(found | {"gpu_proof": result}, args.out or gpu_proof.proof_path(result), console)
+    out = args.out or gpu_proof.proof_path(result)
+    options = {"rounds": args.rounds, "deadline": left, "further": {"gpu_proof": result}}
+    found = measured(suite, cases, "cuda", out, **options)
+    draw(found, out, console)
     if found["failed"] or result["tests"].get("failed"):
         raise SystemExit(1)
 
@@ -139,8 +144,9 @@ def run(args: argparse.Namespace) -> None:
         for case in cases:
             print(f"{case.level:9} {case.id}")
         return
-    found = measured(suite, cases, device, rounds=args.rounds, patience=args.patience)
+    options = {"rounds": args.rounds, "patience": args.patience}
+    found = measured(suite, cases, device, args.out, **options)
     print(results.markdown(found))
-    save(found, args.out, console)
+    draw(found, args.out, console)
     if found["failed"]:
         raise SystemExit("\n".join(f"{k}: {v}" for k, v in found["failed"].items()))

@@ -109,6 +109,17 @@ def test_the_page_escapes_and_fetches_nothing(run):
     assert page.count("<svg") >= 2  # speeds, and bandwidths
 
 
+def test_the_proof_is_on_the_page(run):
+    timed = {"op": "adaln", "pass": "forward", "kernel": "triton", "modelled_us": 12.3}
+    timed |= {"measured_us": {"p50": 15.0}, "eager_us": 40.0, "terabytes_per_second": 2.5}
+    eager = {"op": "attention", "pass": "forward", "kernel": None, "why_not": "a < b"}
+    proof = {"gpu": "NVIDIA H100", "data_sheet": "H100", "tests": {"passed": 9}}
+    page = report.page(run | {"gpu_proof": proof | {"rows": [timed, eager]}})
+    assert "Tests on the GPU: 9 passed. Modelled for a H100." in page
+    assert "<td>12.3</td><td>15</td><td>40</td><td>2.5</td>" in page
+    assert "eager: a &lt; b" in page
+
+
 def test_pictures_of_nothing_are_left_out(run):
     empty = report.page(run | {"results": []})
     assert "<svg" not in empty
@@ -208,7 +219,7 @@ def test_gpu_proofs_dry_run_names_everything_it_would_do(capsys):
     cli.main(["bench", *options, "--level", "model"])
     printed = capsys.readouterr().out
     assert "stopped before the first launch" in printed
-    assert printed.index("model: model, forward: XL/2, B32, bf16") < printed.index("S/2, B2, bf16")
+    assert printed.index("model: model, forward: XL/2, B32, bf16") < printed.index("B/2, B2, bf16")
 
 
 def test_a_problem_without_differences_is_all_zero():
