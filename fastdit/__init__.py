@@ -16,6 +16,7 @@ from fastdit import ops
 from fastdit._version import __version__
 from fastdit.backends import BackendError, backend, current_backend, explain
 from fastdit.diffusion import create_diffusion
+from fastdit.flow import create_transport
 from fastdit.model import DiT, DiT_models
 from fastdit.sampling import sample
 
@@ -37,6 +38,7 @@ __all__ = [
     "__version__",
     "backend",
     "create_diffusion",
+    "create_transport",
     "current_backend",
     "explain",
     "load_model",

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from fastdit.diffusion import create_diffusion
+from fastdit.flow import Guidance, Transport
+from fastdit.flow import sampling as flow_sampling
 from fastdit.model import DiT
 
 SOLVERS = ("ddpm", "ddim", "dpm++")
@@ -53,12 +55,14 @@ def sample(
     *,
     steps: int = 250,
     cfg_scale: float = 4.0,
-    solver: str = "ddpm",
+    solver: str | None = None,
     eta: float = 0.0,
     seed: int | None = None,
     guided_channels: int | None = None,
     clip_denoised: bool = False,
     progress: bool = False,
+    transport: Transport | None = None,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
 ) -> Tensor:
     """Class-conditional samples.
 
@@ -67,13 +71,18 @@ def sample(
         classes: B labels.
         steps: denoising steps, spread evenly over the 1000 of training.
         cfg_scale: classifier-free guidance; 1 is none and runs the model on B rows instead of 2B.
-        solver: `"ddpm"` (ancestral), `"ddim"` or `"dpm++"` (DPM-Solver++(2M), deterministic).
+        solver: `"ddpm"` (ancestral, the default), `"ddim"` or `"dpm++"` (DPM-Solver++(2M),
+            deterministic); with a transport `"heun"` (the default), `"euler"`, `"dopri5"` or
+            `"sde"`, see `fastdit.flow.sampling`.
         eta: DDIM's noise; 0 is deterministic. Only with `solver="ddim"`.
         seed: of all draws; None continues torch's generator.
         guided_channels: as in `DiT.forward_with_cfg`; None guides at most 3 of the latent's
             channels, as published.
         clip_denoised: clamp each predicted x0 to [-1, 1]; for models of pixels.
         progress: show a progress bar.
+        transport: of a model trained by flow matching, what it was trained with.
+        guidance_interval: with a transport, the times in [0, 1], from noise to data, between
+            which to guide.
 
     Returns:
         `(B, C, H, W)` samples in the model's dtype.
@@ -84,7 +93,13 @@ def sample(
 
     Source: Peebles & Xie 2022; Song et al. 2021; Lu et al. 2022.
     """
-    if solver not in SOLVERS:
+    if solver is None:
+        solver = "ddpm" if transport is None else "heun"
+    if transport is not None and clip_denoised:
+        raise _allowed("clip_denoised", clip_denoised, "False with a transport")
+    if transport is None and tuple(guidance_interval) != (0, 1):
+        raise _allowed("guidance_interval", guidance_interval, "(0, 1) without a transport")
+    if transport is None and solver not in SOLVERS:
         raise _allowed("solver", solver, ", ".join(map(repr, SOLVERS)))
     if eta and solver != "ddim":
         raise _allowed("eta", eta, f"0 with solver={solver!r}")
@@ -94,11 +109,20 @@ def sample(
     if guided and model.y_embedder.dropout_prob == 0:
         raise _allowed("cfg_scale", cfg_scale, "1 for a model without a null class")
 
+    channels = min(3, model.in_channels) if guided_channels is None else guided_channels
+    shape = (len(labels), model.in_channels, *model.input_size)
+    if transport is not None:
+        guidance = Guidance(cfg_scale, guidance_interval, channels, model.num_classes)
+        with _seeded(seed, parameter.device):
+            z = torch.randn(*shape, device=parameter.device).to(parameter.dtype)
+            options = {"steps": steps, "solver": solver, "progress": progress}
+            guided_by = guidance if guided else None
+            return flow_sampling.draw(transport, model, z, labels, guidance=guided_by, **options)
+
     call: Callable[..., Tensor] = model
     kwargs: dict[str, Any] = {"y": labels}
     if guided:
         null = torch.full_like(labels, model.num_classes)
-        channels = min(3, model.in_channels) if guided_channels is None else guided_channels
         kwargs = {"y": torch.cat([labels, null]), "cfg_scale": cfg_scale}
         kwargs["guided_channels"] = channels
         call = model.forward_with_cfg
@@ -110,7 +134,6 @@ def sample(
     }[solver]
     options: dict[str, Any] = {"eta": eta} if solver == "ddim" else {}
     with _seeded(seed, parameter.device):
-        shape = (len(labels), model.in_channels, *model.input_size)
         z = torch.randn(*shape, device=parameter.device).to(parameter.dtype)
         z = torch.cat([z, z]) if guided else z
         out = loop(
