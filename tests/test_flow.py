@@ -310,6 +310,28 @@ def test_every_sde_ends_in_the_datas_distribution(form, name, prediction):
         assert float(responses.square().sum().sqrt()) == pytest.approx(STD, abs=0.03), method
 
 
+@pytest.mark.parametrize("name", PATH_NAMES)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_the_predicted_data_on_the_way(name, prediction):
+    """Of an ODE's and an SDE's rows alike, down to the last step's."""
+    transport = fastdit.create_transport(name, prediction)
+    sampler, model = Sampler(transport), exact(transport)
+    x = torch.linspace(-2, 2, 12, dtype=torch.float64).reshape(1, 3, 4)
+    for plan in (
+        sampler.ode_plan("heun", 5),
+        sampler.sde_plan("Euler", 5, diffusion_form="sigma", last_step="Tweedie"),
+        sampler.sde_plan("Heun", 5, diffusion_form="linear", last_step="Mean"),
+    ):
+        seen: list = []
+        observe = lambda *frame, seen=seen: seen.append(frame)  # noqa: E731
+        assert len(list(sampler.states(plan, x, model, {}, observe=observe))) == sum(plan.ends)
+        assert len(seen) == len(plan)
+        for when, at, data in seen:
+            t = torch.tensor([when], dtype=torch.float64)
+            expected = transport.convert("data", at, t, model(at, t)) if when < 1 else at
+            torch.testing.assert_close(data, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_sbdms_first_step():
     """Infinite at t = 0 on the linear path: the second time's w is taken there, or the floor's."""
     transport = fastdit.create_transport()

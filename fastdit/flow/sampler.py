@@ -222,8 +222,13 @@ class Sampler:
         model_kwargs: dict[str, Any],
         guidance: Guidance | None = None,
         noise_fn: NoiseFn = published_noise,
+        observe: Callable[[float, Tensor, Tensor], None] | None = None,
     ) -> Iterator[Tensor]:
-        """x after each step of `plan`: the model and one op for each of its rows."""
+        """x after each step of `plan`: the model and one op for each of its rows.
+
+        `observe` is called after each call of the model with its time, its x, and the data that
+        it predicts there.
+        """
         _checks.tensor("x", x, range(2, 6), "(B, C, ...)")
         table = plan.table.clone()
         if guidance is not None:
@@ -239,6 +244,7 @@ class Sampler:
                 x, noise = x + sigma[i] * noise, None
             guided = guidance if guidance is not None and guidance.at(when[i]) else None
             output = self._output(x, times[i], model, model_kwargs, guided)
+            before = x
             x, drift = ops.diffusion_step(
                 x,
                 output,
@@ -248,6 +254,9 @@ class Sampler:
                 x0_previous=drift if plan.corrects[i] else None,
                 guided_channels=guided.guided_channels(x) if guided else 0,
             )
+            if observe is not None:
+                of_x, of_drift = plan.data[i].tolist()
+                observe(when[i], before, of_x * before + of_drift * drift)
             if plan.ends[i]:
                 yield x
 

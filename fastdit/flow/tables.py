@@ -49,6 +49,7 @@ class Plan:
         sigma: `(E,)` float64, the noise added *before* the evaluation; the rows' own is in their
             `sigma` column.
         draws: before or in which rows a step draws its noise; one draw each.
+        data: `(E, 2)` float64: the data predicted at a row is data₀·x + data₁·q, with x before it.
     """
 
     times: Tensor
@@ -57,6 +58,7 @@ class Plan:
     ends: tuple[bool, ...]
     sigma: Tensor
     draws: tuple[bool, ...]
+    data: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.corrects)
@@ -76,7 +78,8 @@ def _interleaved(first: Tensor, second: Tensor) -> Tensor:
     return torch.stack([first, second], 1).flatten(0, 1)
 
 
-def _finite(plan: Plan, prediction: ModelType) -> Plan:
+def _checked(plan: Plan, path: Path, prediction: ModelType) -> Plan:
+    """`plan` with its `data`, if its coefficients are finite."""
     bad = ~plan.table.isfinite().all(1) | ~plan.sigma.isfinite()
     if bad.any():
         t = float(plan.times[bad][0])
@@ -85,7 +88,11 @@ def _finite(plan: Plan, prediction: ModelType) -> Plan:
             f"t = {t:g}; sample_eps > 0 in create_transport keeps away from there"
         )
         fail("t", f"{t:g}", allowed)
-    return plan
+    # e = (q − a·x)/b in data = A·x + B·e; with no noise left in x, at σ = 0, B is 0 as well.
+    a, b = (plan.table[:, TABLE_COLUMNS.index(name)] for name in "ab")
+    data_a, data_b = path.coefficients("data", prediction, plan.times)
+    per_q = torch.where(data_b == 0, 0.0, data_b / b)
+    return replace(plan, data=torch.stack([data_a - per_q * a, per_q], 1))
 
 
 def ode_plan(path: Path, prediction: ModelType, times: Tensor, heun: bool) -> Plan:
@@ -95,7 +102,7 @@ def ode_plan(path: Path, prediction: ModelType, times: Tensor, heun: bool) -> Pl
     def drift(t: Tensor) -> tuple[Tensor, Tensor]:
         return path.coefficients("velocity", prediction, t)
 
-    return _finite(_steps(start, times[1:], dt, drift, heun), prediction)
+    return _checked(_steps(start, times[1:], dt, drift, heun), path, prediction)
 
 
 def _steps(start: Tensor, end: Tensor, dt: Tensor, drift: Drift, heun: bool) -> Plan:
@@ -175,7 +182,7 @@ def sde_plan(
         plan = replace(plan, draws=(True,) * len(dt))
     if last_step is not None:
         plan = _with_last(plan, _last_row(path, prediction, times[-1:], drift, last_step, size))
-    return _finite(plan, prediction)
+    return _checked(plan, path, prediction)
 
 
 def _last_row(
