@@ -21,6 +21,7 @@ from fastdit.flow import sampling as flow_sampling
 from fastdit.model import DiT
 
 SOLVERS = ("ddpm", "ddim", "dpm++")
+Observer = Callable[[float, Tensor, Tensor], None]
 
 
 def _allowed(name: str, got: object, allowed: str) -> ValueError:
@@ -63,6 +64,7 @@ def sample(
     progress: bool = False,
     transport: Transport | None = None,
     guidance_interval: tuple[float, float] = (0.0, 1.0),
+    observe: Observer | None = None,
 ) -> Tensor:
     """Class-conditional samples.
 
@@ -83,6 +85,8 @@ def sample(
         transport: of a model trained by flow matching, what it was trained with.
         guidance_interval: with a transport, the times in [0, 1], from noise to data, between
             which to guide.
+        observe: called after each step (each call of a flow's model) with the time that the model
+            was given, its x, and the data that it predicts, both `(B, C, H, W)`.
 
     Returns:
         `(B, C, H, W)` samples in the model's dtype.
@@ -115,9 +119,17 @@ def sample(
         guidance = Guidance(cfg_scale, guidance_interval, channels, model.num_classes)
         with _seeded(seed, parameter.device):
             z = torch.randn(*shape, device=parameter.device).to(parameter.dtype)
-            options = {"steps": steps, "solver": solver, "progress": progress}
-            guided_by = guidance if guided else None
-            return flow_sampling.draw(transport, model, z, labels, guidance=guided_by, **options)
+            return flow_sampling.draw(
+                transport,
+                model,
+                z,
+                labels,
+                steps=steps,
+                solver=solver,
+                guidance=guidance if guided else None,
+                progress=progress,
+                observe=observe,
+            )
 
     call: Callable[..., Tensor] = model
     kwargs: dict[str, Any] = {"y": labels}
@@ -127,23 +139,27 @@ def sample(
         kwargs["guided_channels"] = channels
         call = model.forward_with_cfg
     diffusion = create_diffusion(str(steps), learn_sigma=model.learn_sigma)
-    loop: Callable[..., Tensor] = {
-        "ddpm": diffusion.p_sample_loop,
-        "ddim": diffusion.ddim_sample_loop,
-        "dpm++": diffusion.dpm_solver_sample_loop,
+    loop: Callable[..., Iterator[dict[str, Tensor]]] = {
+        "ddpm": diffusion.p_sample_loop_progressive,
+        "ddim": diffusion.ddim_sample_loop_progressive,
+        "dpm++": diffusion.dpm_solver_sample_loop_progressive,
     }[solver]
     options: dict[str, Any] = {"eta": eta} if solver == "ddim" else {}
     with _seeded(seed, parameter.device):
         z = torch.randn(*shape, device=parameter.device).to(parameter.dtype)
-        z = torch.cat([z, z]) if guided else z
-        out = loop(
+        x = torch.cat([z, z]) if guided else z
+        run = loop(
             call,
-            z.shape,
-            z,
+            x.shape,
+            x,
             clip_denoised=clip_denoised,
             model_kwargs=kwargs,
             device=parameter.device,
             progress=progress,
             **options,
         )
-    return out[: len(labels)]
+        for t, out in zip(reversed(diffusion.timestep_map), run, strict=True):
+            if observe is not None:
+                observe(float(t), x[: len(labels)], out["pred_xstart"][: len(labels)])
+            x = out["sample"]
+    return x[: len(labels)]

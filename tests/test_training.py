@@ -261,9 +261,9 @@ def test_the_shipped_flow_digits_are_recognised():
     transport = load_transport(digits.weights_path("flow"))
     assert sum(p.numel() for p in model.parameters()) < 600_000
     recognised = functools.partial(digits.recognition, model, transport=transport)
-    assert recognised(2.0, count=100, steps=25, solver="heun") >= 0.95
-    assert recognised(2.0, count=100, steps=50, solver="euler") >= 0.95
-    assert recognised(1.0, count=200, steps=12, solver="heun") >= 0.85
+    assert recognised(2.0, count=50, steps=25, solver="heun") >= 0.95
+    assert recognised(2.0, count=50, steps=50, solver="euler") >= 0.95
+    assert recognised(1.0, count=100, steps=12, solver="heun") >= 0.85
 
 
 def test_the_reader_reads_real_digits_and_rejects_others():

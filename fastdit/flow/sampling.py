@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,11 +27,12 @@ def draw(
     solver: str,
     guidance: Guidance | None,
     progress: bool = False,
+    observe: Callable[[float, Tensor, Tensor], None] | None = None,
 ) -> Tensor:
     """Samples like `z`, the start noise, for the labels `(B,)`.
 
     `steps` are the solver's, of equal length in time: `euler` calls the model once in each, `heun`
-    twice; `dopri5` takes the steps that its tolerances want instead.
+    twice; `dopri5` takes the steps that its tolerances want instead, and cannot be observed.
     """
     if solver not in SOLVERS:
         allowed = ", ".join(map(repr, SOLVERS))
@@ -39,6 +41,8 @@ def draw(
         _checks.fail("steps", repr(steps), "an int >= 1")
     sampler = Sampler(transport)
     if solver == "dopri5":
+        if observe is not None:
+            _checks.fail("observe", "a function", "None with solver='dopri5'")
         sample = sampler.sample_ode(num_steps=2, guidance=guidance)
         return sample(z, model, y=labels)[-1]
     if solver == "sde":
@@ -48,7 +52,10 @@ def draw(
         plan = sampler.sde_plan("Euler", steps, **options)
     else:
         plan = sampler.ode_plan(solver, steps + 1)
-    states = sampler.states(plan, z, model, {"y": labels}, guidance, torch.randn_like)
+    scaled = None
+    if observe is not None:
+        scaled = lambda t, *rest: observe(t * transport.time_scale, *rest)  # noqa: E731
+    states = sampler.states(plan, z, model, {"y": labels}, guidance, torch.randn_like, scaled)
     if progress:
         from tqdm.auto import tqdm
 
