@@ -18,14 +18,18 @@ from fastdit.backends import BackendError, backend, current_backend, explain
 from fastdit.diffusion import create_diffusion
 from fastdit.flow import create_transport
 from fastdit.model import DiT, DiT_models
+from fastdit.sampler import Sampler
 from fastdit.sampling import sample
 
 if TYPE_CHECKING:
     from fastdit.checkpoint import CheckpointError, load_model, save_model
+    from fastdit.patching import patch, patched
 
 _LAZY = {
     "CheckpointError": "fastdit.checkpoint",
     "load_model": "fastdit.checkpoint",
+    "patch": "fastdit.patching",
+    "patched": "fastdit.patching",
     "save_model": "fastdit.checkpoint",
 }
 """What only some programs need, and the module that is imported when it is first asked for."""
@@ -35,6 +39,7 @@ __all__ = [
     "CheckpointError",
     "DiT",
     "DiT_models",
+    "Sampler",
     "__version__",
     "backend",
     "create_diffusion",
@@ -43,6 +48,8 @@ __all__ = [
     "explain",
     "load_model",
     "ops",
+    "patch",
+    "patched",
     "sample",
     "save_model",
 ]
