@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from fastdit import ops
-from fastdit.model import Attention, DiT
+from fastdit.blocks import Attention
+from fastdit.model import DiT
 from fastdit.sampling import sample
 
 
@@ -47,20 +48,21 @@ def trajectory(model: DiT, classes: Sequence[int] | Tensor, **options: Any) -> l
 
 
 @torch.no_grad()
-def attention_maps(model: DiT, frame: Frame, y: Tensor) -> Tensor:
-    """Every block's and head's attention at one call of the model, without guidance.
+def attention_maps(model: DiT, frame: Frame, y: Tensor | None) -> Tensor:
+    """Every block's and head's self-attention at one call of the model, without guidance.
 
     Args:
         model: a DiT in eval mode.
         frame: the call.
-        y: `(B,)` labels.
+        y: what the model is called with beside it.
 
     Returns:
-        `(depth, B, heads, N, N)` float32 on the CPU, rows summing to 1.
+        `(depth, B, heads, N, N)` float32 on the CPU, rows summing to 1. The patches come first in
+        N, then a design's in-context tokens.
     """
     maps: list[Tensor] = []
     with _watched(model, maps):
-        model(frame.x, torch.full(y.shape, frame.time, device=y.device), y)
+        model(frame.x, torch.full(frame.x.shape[:1], frame.time, device=frame.x.device), y)
     return torch.stack(maps)
 
 
@@ -68,8 +70,12 @@ def attention_maps(model: DiT, frame: Frame, y: Tensor) -> Tensor:
 def _watched(model: DiT, maps: list[Tensor]) -> Iterator[None]:
     """Inside, every block's attention leaves its map in `maps`, in the order of the blocks."""
 
-    def watch(attention: Attention, args: tuple[Tensor, ...]) -> None:
-        maps.append(attention_map(attention.qkv(args[0]).float(), attention.num_heads).cpu())
+    def watch(attention: Attention, args: tuple[Any, ...]) -> None:
+        x, *rope = args
+        options = {"rope": rope[0] if rope else None} | attention.qk_options()
+        options = {k: v.float() if isinstance(v, Tensor) else v for k, v in options.items()}
+        qkv = attention.qkv(x).float()
+        maps.append(attention_map(qkv, attention.num_heads, **options).cpu())
 
     hooks = [block.attn.register_forward_pre_hook(watch) for block in model.blocks]
     try:

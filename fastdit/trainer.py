@@ -49,7 +49,8 @@ class TrainConfig:
     """A run. The defaults are the published ones, but for what depends on the data.
 
     `model` is a name of `DiT_models`, or "custom" with `depth`, `hidden_size`, `num_heads` and
-    `patch_size`. `batch_size` samples make an update, `accumulate` of them at a time in turn.
+    `patch_size`; `design` holds fields of `fastdit.designs.Design`, and `unconditional` leaves the
+    labels out. `batch_size` samples make an update, `accumulate` of them at a time in turn.
 
     `objective` is "diffusion", the noise of 1000 steps, or "flow". The flow's options, from
     `path_type` to `time_scale`, are `fastdit.create_transport`'s; they say nothing of a diffusion.
@@ -66,6 +67,8 @@ class TrainConfig:
     image_size: int = 256
     class_dropout_prob: float = 0.1
     learn_sigma: bool = True
+    design: dict[str, Any] = dataclasses.field(default_factory=dict)
+    unconditional: bool = False
     steps: int = 400_000
     batch_size: int = 256
     accumulate: int = 1
@@ -140,9 +143,10 @@ def build_model(config: TrainConfig, data: datasets.Dataset) -> DiT:
     options: dict[str, Any] = {
         "input_size": height if height == width else (height, width),
         "in_channels": channels,
-        "num_classes": data.num_classes,
+        "num_classes": 0 if config.unconditional else data.num_classes,
         "class_dropout_prob": config.class_dropout_prob,
         "learn_sigma": config.learn_sigma,
+        **config.design,
     }
     if config.model != "custom":
         return DiT_models[config.model](**options)
@@ -209,11 +213,12 @@ class Trainer:
             x = torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x.flip(-1), x)
         amp = AMP[self.config.amp]
         with torch.autocast(self.device.type, amp, enabled=amp is not None):
+            condition = {"y": None if self.config.unconditional else y}
             if self.transport is not None:
-                terms = self.transport.training_losses(self.model, x, {"y": y})
+                terms = self.transport.training_losses(self.model, x, condition)
             else:
                 t = torch.randint(0, self.diffusion.num_timesteps, (len(x),), device=self.device)
-                terms = self.diffusion.training_losses(self.model, x, t, {"y": y})
+                terms = self.diffusion.training_losses(self.model, x, t, condition)
         return terms["loss"].mean()
 
     def _update(self) -> None:
@@ -249,9 +254,8 @@ class Trainer:
         free = {"out", "save_every", "sample_every", "device"}
         if self.config.schedule == "constant":  # a cosine ends with the steps it was made for
             free.add("steps")
-        # A field that the state does not know yet had its default's meaning.
-        defaults = {field.name: field.default for field in dataclasses.fields(self.config)}
-        ours, theirs = dataclasses.asdict(self.config), {**defaults, **state["config"]}
+        added = dataclasses.asdict(TrainConfig(data="", out=""))  # what an older state lacks
+        ours, theirs = dataclasses.asdict(self.config), {**added, **state["config"]}
         differing = [k for k in ours if k not in free and ours[k] != theirs[k]]
         if differing:
             told = ", ".join(f"{k} = {theirs[k]!r} then, {ours[k]!r} now" for k in differing)

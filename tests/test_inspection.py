@@ -29,9 +29,19 @@ def test_an_attention_map_is_the_softmax_of_the_scores(tokens, rope):
     torch.testing.assert_close(attention_map(qkv, 2, **options), expected)
 
 
-def test_the_maps_are_those_of_the_call():
+@pytest.mark.parametrize(
+    ("design", "tokens"),
+    [
+        ({}, 16),
+        ({"conditioning": "in_context"}, 18),
+        ({"conditioning": "cross_attention", "qk_norm": "layer"}, 16),
+        ({"qk_norm": "rms", "rope": True, "positions": "none"}, 16),
+    ],
+)
+def test_the_maps_are_those_of_the_call(design, tokens):
     """P·V through the projection is the block's attention."""
-    model = fastdit.DiT(input_size=8, hidden_size=24, depth=2, num_heads=2, num_classes=5)
+    sizes = {"hidden_size": 24, "depth": 2, "num_heads": 2, "num_classes": 5}
+    model = fastdit.DiT(input_size=8, **sizes, **design)
     golden.set_reference_weights(model, 1, std=0.3)
     model.eval()
     inputs: list = []
@@ -39,8 +49,8 @@ def test_the_maps_are_those_of_the_call():
         block.attn.register_forward_hook(lambda _m, args, out: inputs.append((args[0], out)))
     x = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     maps = attention_maps(model, Frame(250.0, x, x), torch.tensor([0, 2, 4]))
-    assert maps.shape == (2, 3, 2, 16, 16)
-    torch.testing.assert_close(maps.sum(-1), torch.ones(2, 3, 2, 16))
+    assert maps.shape == (2, 3, 2, tokens, tokens)
+    torch.testing.assert_close(maps.sum(-1), torch.ones(2, 3, 2, tokens))
     assert len(inputs) == 2
     for block, weights, (given, out) in zip(model.blocks, maps, inputs, strict=True):
         values = reference.split_heads(block.attn.qkv(given), 2)[2]

@@ -101,7 +101,7 @@ def attention_figure(
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    y = torch.full((1,), label, device=frame.x.device)
+    y = None if model.y_embedder is None else torch.full((1,), label, device=frame.x.device)
     maps = attention_maps(model, frame, y)[:, 0]
     rows, columns = model.grid
     token = query[0] * columns + query[1]
@@ -146,15 +146,17 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--frames: got {args.frames}, allowed is 1 or more")
     model = load(args.ckpt, args.device, "fp32")
     transport = transport_of(args.ckpt, args.objective)
+    if len(model.grid) != 2 or model.design.condition_dim:
+        raise ValueError("--ckpt: got a model of signals or of vectors, allowed is one of images")
     blocks = _chosen("blocks", args.blocks, len(model.blocks))
     heads = _chosen("heads", args.heads, model.num_heads)
     query = _query(args.query, model.grid)
     frames = trajectory(
         model,
-        args.classes,
+        args.classes if model.y_embedder is not None else len(args.classes),
         steps=args.steps,
         solver=args.solver or ("ddim" if transport is None else "euler"),
-        cfg_scale=args.cfg_scale,
+        cfg_scale=args.cfg_scale if model.guidable else 1.0,
         seed=args.seed,
         clip_denoised=transport is None and model.in_channels in (1, 3),
         transport=transport,

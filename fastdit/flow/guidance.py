@@ -23,7 +23,7 @@ class Guidance:
             2024); LightningDiT guides from a start on: `(start, 1)`.
         channels: how many of the output's leading channels are guided, 3 as published; None is
             all.
-        null: the label of the null class; None is the model's `num_classes`.
+        null: the label of the null class; None asks the model for its `null_condition`.
     """
 
     scale: float
@@ -43,15 +43,14 @@ class Guidance:
         low, high = self.interval
         return self.scale != 1 and low - 1e-6 <= t <= high + 1e-6
 
-    def null_label(self, model: Any) -> int:
-        """The null class of `model`, a DiT or a bound method of one."""
+    def nulls(self, model: Any, y: Tensor) -> Tensor:
+        """What stands for no condition, like `y`."""
         if self.null is not None:
-            return self.null
+            return torch.full_like(y, self.null)
         owner = getattr(model, "__self__", model)
-        found = getattr(owner, "num_classes", None)
-        if not isinstance(found, int):
-            _checks.fail("null", None, "a label, as the model has no num_classes")
-        return found
+        if not hasattr(owner, "null_condition"):
+            _checks.fail("null", None, "a label, as the model has no null_condition")
+        return owner.null_condition(len(y)).to(y)
 
     def guided_channels(self, x: Tensor) -> int:
         return x.shape[1] if self.channels is None else min(self.channels, x.shape[1])
@@ -59,10 +58,9 @@ class Guidance:
     def doubled(
         self, x: Tensor, model: Any, model_kwargs: dict[str, Any]
     ) -> tuple[Tensor, dict[str, Any]]:
-        """`x` twice, and the keyword arguments with the labels y followed by as many nulls."""
+        """`x` twice, and the keyword arguments with y followed by as many nulls."""
         y = model_kwargs.get("y")
-        if not isinstance(y, Tensor) or y.shape != x.shape[:1]:
+        if not isinstance(y, Tensor) or y.shape[:1] != x.shape[:1]:
             got = type(y).__name__ if not isinstance(y, Tensor) else tuple(y.shape)
-            _checks.fail("y", got, f"a tensor of labels ({x.shape[0]},), to guide")
-        null = torch.full_like(y, self.null_label(model))
-        return torch.cat([x, x]), {**model_kwargs, "y": torch.cat([y, null])}
+            _checks.fail("y", got, f"a tensor of {x.shape[0]} labels or vectors, to guide")
+        return torch.cat([x, x]), {**model_kwargs, "y": torch.cat([y, self.nulls(model, y)])}

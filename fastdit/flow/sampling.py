@@ -21,7 +21,7 @@ def draw(
     transport: Transport,
     model: Any,
     z: Tensor,
-    labels: Tensor,
+    y: Tensor | None,
     *,
     steps: int,
     solver: str,
@@ -29,7 +29,7 @@ def draw(
     progress: bool = False,
     observe: Callable[[float, Tensor, Tensor], None] | None = None,
 ) -> Tensor:
-    """Samples like `z`, the start noise, for the labels `(B,)`.
+    """Samples like `z`, the start noise, for the condition `y` that the model is called with.
 
     `steps` are the solver's, of equal length in time: `euler` calls the model once in each, `heun`
     twice; `dopri5` takes the steps that its tolerances want instead, and cannot be observed.
@@ -44,7 +44,7 @@ def draw(
         if observe is not None:
             _checks.fail("observe", "a function", "None with solver='dopri5'")
         sample = sampler.sample_ode(num_steps=2, guidance=guidance)
-        return sample(z, model, y=labels)[-1]
+        return sample(z, model, y=y)[-1]
     if solver == "sde":
         if steps < 3:
             _checks.fail("steps", steps, "an int >= 3 with solver='sde'")
@@ -55,7 +55,7 @@ def draw(
     scaled = None
     if observe is not None:
         scaled = lambda t, *rest: observe(t * transport.time_scale, *rest)  # noqa: E731
-    states = sampler.states(plan, z, model, {"y": labels}, guidance, torch.randn_like, scaled)
+    states = sampler.states(plan, z, model, {"y": y}, guidance, torch.randn_like, scaled)
     if progress:
         from tqdm.auto import tqdm
 
