@@ -18,7 +18,7 @@ from fastdit.kernels.launch import on_device
 from fastdit.kernels.rows import gated_sum, load, load_view, store, zeros
 from fastdit.kernels.slot_sums import store_partial
 
-REGISTERS = rows.Backward(half=64, full=80)
+BACKWARD = rows.Backward(columns=12, half=64, full=64)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -84,7 +84,7 @@ def gated_residual_backward(dout, y, gate) -> tuple[Tensor, Tensor]:
         return dy, dgate.zero_()
     per_token = gate.dim() == 3
     with on_device(y):
-        tile = rows.backward_tile(y, REGISTERS)
+        tile = rows.backward_tile(y, BACKWARD)
         slots = slot_sums.slots_for(y, tile)
         partials = slot_sums.Partials.empty(y, slots, dgate=not per_token)
         gated_residual_backward_kernel[(y.shape[0] * slots,)](

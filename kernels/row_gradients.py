@@ -32,8 +32,12 @@ from fastdit.kernels.launch import on_device
 from fastdit.kernels.rows import fold, load, load_view, store, totals, zeros
 from fastdit.kernels.slot_sums import store_partial
 
-REGISTERS = rows.Backward(half=80, full=96)
-GATED_REGISTERS = rows.Backward(half=128, full=160)
+ADALN = rows.Backward(columns=12, half=80, full=80)
+# 384 and 768 are padded here: 8 + 4 columns a thread take 128 registers, 8 of them 96. With 80 some
+# spill on sm_100, also where modulation is read again for every row.
+GATED_ADALN = rows.Backward(columns=9, half=96, full=80)
+# A scale per token beside a shift per sample: one more sum.
+MORE_SUMS = rows.Backward(columns=9, half=128, full=112)
 
 
 @triton.jit
@@ -114,9 +118,6 @@ def row_gradients_kernel(
         if dh_ptr is not None:
             dh_main = load(dh_ptr + start, 0, MAIN, D)
             dh_tail = load(dh_ptr + start, MAIN, TAIL, D)
-        if gate is not None:
-            y_main = load(y_ptr + start, 0, MAIN, D)
-            y_tail = load(y_ptr + start, MAIN, TAIL, D)
         rstd = tl.load(rstd_ptr + row)
         mean = tl.load(mean_ptr + row) if LAYER else 0.0
         unit_main = (load(x_ptr + start, 0, MAIN, D) - mean) * rstd
@@ -128,6 +129,9 @@ def row_gradients_kernel(
             du_tail *= factor(scale, None, sample, token, MAIN, TAIL, D, PLUS_ONE)
             g_main *= factor(scale, weight_ptr, sample, token, 0, MAIN, D, PLUS_ONE)
             g_tail *= factor(scale, weight_ptr, sample, token, MAIN, TAIL, D, PLUS_ONE)
+        u_main, u_tail = u_main + du_main, u_tail + du_tail
+        v_main, v_tail = v_main + du_main * unit_main, v_tail + du_tail * unit_tail
+        dshift_main, dshift_tail = dshift_main + dout_main, dshift_tail + dout_tail
         dx_main, dx_tail = through_norm(
             g_main, g_tail, unit_main, unit_tail, rstd, D, MAIN, TAIL, LAYER
         )
@@ -140,6 +144,8 @@ def row_gradients_kernel(
             if GATE_PER_TOKEN:
                 dy_main *= load_view(gate, sample, token, 0, MAIN, D)
                 dy_tail *= load_view(gate, sample, token, MAIN, TAIL, D)
+            y_main = load(y_ptr + start, 0, MAIN, D)
+            y_tail = load(y_ptr + start, MAIN, TAIL, D)
             store(dy_ptr + start, dy_main, 0, MAIN, D)
             store(dy_ptr + start, dy_tail, MAIN, TAIL, D)
             if GATE_PER_TOKEN:
@@ -156,9 +162,6 @@ def row_gradients_kernel(
             dout_tail, unit_tail, scale, weight_ptr, bias_ptr, token_dshift_ptr, token_dscale_ptr,
             start, MAIN, TAIL, D,
         )  # fmt: skip
-        u_main, u_tail = u_main + du_main, u_tail + du_tail
-        v_main, v_tail = v_main + du_main * unit_main, v_tail + du_tail * unit_tail
-        dshift_main, dshift_tail = dshift_main + dout_main, dshift_tail + dout_tail
     store_partial(u_ptr, u_main, u_tail, D, MAIN, TAIL)
     store_partial(v_ptr, v_main, v_tail, D, MAIN, TAIL)
     store_partial(dshift_ptr, dshift_main, dshift_tail, D, MAIN, TAIL)
@@ -203,7 +206,10 @@ def _launch(
     token_dshift, sample_dshift = _by_kind(dshift)
     token_dscale, sample_dscale = _by_kind(dscale)
     scale_per_token = token_dscale is not None
-    tile = rows.backward_tile(x, REGISTERS if gate is None else GATED_REGISTERS)
+    limits = ADALN if gate is None else GATED_ADALN
+    if scale_per_token and sample_dshift is not None:
+        limits = MORE_SUMS
+    tile = rows.backward_tile(x, limits)
     slots = slot_sums.slots_for(x, tile)
     partials = slot_sums.Partials.empty(
         x,

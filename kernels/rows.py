@@ -61,11 +61,13 @@ class Tile:
 
 @dataclass(frozen=True)
 class Backward:
-    """Registers a thread of a backward kernel may take, for 16-bit numbers and for 32-bit ones.
+    """What a thread of a backward kernel may hold: columns of a row, beyond which a row is padded
+    to a power of two, and registers, for 16-bit numbers and for 32-bit ones.
 
-    Left to itself, ptxas takes 96 where 80 do, or spills two to reach the next occupancy.
+    Left to itself, ptxas takes 96 registers where 80 do, or spills two to reach the next occupancy.
     """
 
+    columns: int
     half: int
     full: int
 
@@ -86,23 +88,28 @@ def _forward_tile(width: int, lanes: int) -> Tile:
     return Tile(main, tail, max(1, min(1024, main // 8) // lanes))
 
 
-def backward_tile(x: Tensor, registers: Backward) -> Tile:
-    """One warp will do: registers, not blocks, limit the warps that are resident. One holds 384
+def backward_tile(x: Tensor, limits: Backward) -> Tile:
+    """A thread holds one 128-bit access of the main block, and of the tail what `limits` allow.
+
+    One warp will do: registers, not blocks, limit the warps that are resident. One holds 384
     columns in 268 instructions a row instead of two in 395, two hold 768 in 552 instead of four in
-    806."""
-    allowed = registers.half if x.itemsize == 2 else registers.full
-    return _backward_tile(x.shape[-1], allowed, _lanes(triton.runtime.driver.active))
+    806.
+    """
+    return _backward_tile(x.shape[-1], x.itemsize, limits, _lanes(triton.runtime.driver.active))
 
 
 @functools.cache
-def _backward_tile(width: int, registers: int, lanes: int) -> Tile:
+def _backward_tile(width: int, itemsize: int, limits: Backward, lanes: int) -> Tile:
     main, tail = split_width(width)
-    if main < 8 * lanes and tail:
+    access = 16 // itemsize
+    num_warps = max(1, min(512, main // access) // lanes)
+    if tail and (main < access * lanes or (main + tail) // (num_warps * lanes) > limits.columns):
         main, tail = 2 * main, 0
-    num_warps = max(1, min(512, main // 8) // lanes)
+        num_warps = max(1, min(512, main // access) // lanes)
     # 16 warps of 128 registers are all that a multiprocessor has; wider rows, of more than 8
     # columns a thread, need them all and still spill. AMD's compiler takes no limit.
-    limit = 128 if main > 4096 else min(registers, 2048 // num_warps)
+    most = limits.half if itemsize == 2 else limits.full
+    limit = 128 if main > 4096 else min(most, 2048 // num_warps)
     return Tile(main, tail, num_warps, limit if lanes == 32 else None)
 
 

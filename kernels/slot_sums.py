@@ -23,13 +23,12 @@ class SlotTable:
     """How many programs share a sample's tokens.
 
     2048 warps are 14 to 19 for each of 108 to 148 multiprocessors: about as many as the registers
-    of the backward kernels let be resident at once, and enough to keep 16-bit loads of 16 KiB in
-    flight on each; half of them do for 32-bit numbers. With fewer than 8 rows for each program the
-    sums would outweigh the rows. Constants, not the GPU's, so that every GPU sums in one order.
+    of the backward kernels let be resident at once, and enough to keep loads of 16 KiB in flight
+    on each: a thread loads 16 bytes of a row. With fewer than 8 rows for each program the sums
+    would outweigh the rows. Constants, not the GPU's, so that every GPU sums in one order.
     """
 
-    warps_of_half: int = 2048
-    warps_of_full: int = 1024
+    warps: int = 2048
     least_rows: int = 8
 
 
@@ -74,8 +73,7 @@ class Partials:
 
 def slots_for(x: Tensor, tile: Tile) -> int:
     """Programs for one sample of `x` (B, N, D)."""
-    warps = SLOTS.warps_of_half if x.itemsize == 2 else SLOTS.warps_of_full
-    wanted = triton.cdiv(max(1, warps // tile.num_warps), x.shape[0])
+    wanted = triton.cdiv(max(1, SLOTS.warps // tile.num_warps), x.shape[0])
     return min(wanted, triton.cdiv(x.shape[1], SLOTS.least_rows))
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import pytest
 import torch
+from baselines import hold_instructions
 from row_cases import error
 from row_launches import (
     AMD_OCCUPANCY,
+    ARCHITECTURES,
     BATCH,
     BUDGETS,
     INSTRUCTIONS,
@@ -24,8 +27,7 @@ from fastdit.kernels import adaln, gated_residual
 from fastdit.testing import VirtualGPU, inspect
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-# Every width on the H100, DiT-XL's everywhere, and AMD's tile of a narrow row; row_launches.py as a
-# script prints the whole product, which takes minutes to compile.
+# Every width on the H100, DiT-XL's everywhere, and AMD's tile of a narrow row: in every run.
 COMPILED = [
     *[("sm_90", width, BF16) for width in WIDTHS],
     *[(arch, 1152, BF16) for arch in ("sm_80", "sm_100", "sm_120", "gfx942")],
@@ -33,24 +35,37 @@ COMPILED = [
     ("sm_80", 1152, FP16),
     ("sm_90", 1152, FP32),
 ]
+EVERYTHING = itertools.product(ARCHITECTURES, WIDTHS, (BF16, FP16, FP32))
 
 
 @pytest.mark.parametrize(("arch", "width", "dtype"), COMPILED)
 def test_registers_occupancy_and_access_widths(arch, width, dtype):
     for name, launch in compiled(arch, width, dtype).items():
-        found, budget = inspect(launch), BUDGETS[name]
-        full = int(dtype == FP32)
-        assert (found.spills, found.stack_bytes) == (0, 0), (name, found)
-        assert found.loads_wide >= 1, (name, found)
-        assert found.stores_wide >= 1, (name, found)
-        if arch == "gfx942":
-            assert found.occupancy.fraction >= AMD_OCCUPANCY, (name, found)
-        else:
-            assert found.registers <= budget.registers[full], (name, found)
-            assert found.occupancy.fraction >= budget.occupancy[full], (name, found)
-        if dtype != FP32:  # 8 columns a thread in one access; 32-bit tails are wide as well
-            narrow = 2 + 8 * (width in (384, 768, 1152))
-            assert found.loads_narrow <= narrow, (name, found)
+        check_resources(name, launch, dtype)
+
+
+@pytest.mark.slow  # three minutes of compilation
+@pytest.mark.parametrize(
+    ("arch", "width", "dtype"), [one for one in EVERYTHING if one not in COMPILED]
+)
+def test_registers_occupancy_and_access_widths_everywhere(arch, width, dtype):
+    for name, launch in compiled(arch, width, dtype).items():
+        check_resources(name, launch, dtype)
+
+
+def check_resources(name, launch, dtype):
+    found, budget = inspect(launch), BUDGETS[name]
+    full = int(dtype == FP32)
+    assert (found.spills, found.stack_bytes) == (0, 0), (name, found)
+    assert found.loads_wide >= 1, (name, found)
+    assert found.stores_wide >= 1, (name, found)
+    if found.arch == "gfx942":
+        assert found.occupancy.fraction >= AMD_OCCUPANCY, (name, found)
+    else:
+        assert found.registers <= budget.registers[full], (name, found)
+        assert found.occupancy.fraction >= budget.occupancy[full], (name, found)
+    if dtype != FP32:  # 8 columns a thread in one access; 32-bit tails are wide as well
+        assert found.loads_narrow <= 10, (name, found)
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "gfx942"])
@@ -76,7 +91,7 @@ def test_offsets_of_rows_have_64_bits(arch):
 
 @pytest.mark.parametrize(("arch", "width"), INSTRUCTIONS)
 def test_the_compiled_code(arch, width):
-    """The numbers of float64, every sector used, no divergence, no more instructions."""
+    """The numbers of float64, every sector used, no divergence, the instructions committed."""
     tensors, launches, returned = simulated(arch, width, BF16)
     exact = {name: tensor.double() for name, tensor in tensors.items()}
     _check(exact, returned)
@@ -92,7 +107,8 @@ def test_the_compiled_code(arch, width):
         # Beside the streams: modulation, statistics, partial sums; 12 float32 rows of a sample.
         assert streams[name] * stream <= found.dram_bytes, name
         assert found.dram_bytes <= streams[name] * stream + 12 * BATCH * (4 * width + 32), name
-        assert instructions(launch) <= 1.03 * INSTRUCTIONS[arch, width][name], name
+    counts = {name: instructions(launch) for name, launch in launches.items()}
+    hold_instructions(counts, INSTRUCTIONS[arch, width])
 
 
 def _check(t: dict, returned: dict) -> None:

@@ -1,0 +1,41 @@
+"""Why a module that could be a site, a norm or an attention, is left as it is."""
+
+from __future__ import annotations
+
+from torch import nn
+
+GATED = ("GEGLU", "SwiGLU", "LuminaFeedForward", "AuraFlowFeedForward", "GLUMBConv")
+"""Feed-forwards whose activation is a product of two projections."""
+
+NOT_NORMS = {
+    "AdaLayerNormSingle": "computes modulations, once a step; normalises nothing",
+    "AuraFlowPreFinalBlock": "modulates without a normalisation, once a step",
+    "CogVideoXPatchEmbed": "embeds text and video together, once a step",
+}
+"""Modules that look like sites by name."""
+
+
+def _attention(module: nn.Module) -> bool:
+    """diffusers' attention: projections, and a processor that does the work."""
+    return "to_q" in module._modules or hasattr(module, "processor")
+
+
+def why_left(module: nn.Module, inside: tuple[nn.Module, ...]) -> str | None:
+    """The reason for the report; None for a module that is no site at all."""
+    if "w12" in module._modules or type(module).__name__ in GATED:
+        return "no fused op for its gated activation"
+    if (reason := NOT_NORMS.get(type(module).__name__)) is not None:
+        return reason
+    if _attention(module):
+        processor = type(getattr(module, "processor", None)).__name__
+        return f"attention stays with diffusers' {processor}"
+    if "Norm" not in type(module).__name__ or isinstance(module, nn.Identity):
+        return None
+    if any(map(_attention, inside)):
+        return "belongs to the attention's processor"
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm | nn.GroupNorm):
+        return "one kernel already; nothing around it was replaced that could take it in"
+    return UNEXPLAINED
+
+
+UNEXPLAINED = "no rule knows this normalisation"

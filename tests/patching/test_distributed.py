@@ -1,0 +1,55 @@
+"""DDP and FSDP2, wrapped before and after patching, in one process."""
+
+from __future__ import annotations
+
+import compare
+import pytest
+import research
+import torch
+import torch.distributed as dist
+from test_research import GRADIENT_ULPS, make
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import fastdit
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def gradients(model, args):
+    model.zero_grad()
+    model(*args).square().mean().backward()
+    named = {n.removeprefix("module."): p.grad for n, p in model.named_parameters()}
+    whole = {n: g.full_tensor() if hasattr(g, "full_tensor") else g for n, g in named.items()}
+    return {n: g for n, g in whole.items() if g is not None}
+
+
+def shard(model):
+    for block in model.blocks:
+        fully_shard(block)
+    fully_shard(model)
+    return model
+
+
+@pytest.mark.parametrize("wrap", [DistributedDataParallel, shard])
+@pytest.mark.parametrize("first", ["patch", "wrap"])
+@pytest.mark.parametrize("level", ["exact", "fast"])
+def test_gradients(wrap, first, level):
+    model = make(class_dropout_prob=0.0).train()
+    args = research.inputs(model, 64)
+    theirs = gradients(model, args)
+    handle = fastdit.patch(model, level) if first == "patch" else None
+    wrapped = wrap(model)
+    handle = handle or fastdit.patch(wrapped, level)
+    assert not handle.report().skipped
+    ours = gradients(wrapped, args)
+    assert ours.keys() == theirs.keys()
+    assert max(compare.ulps(ours[name], theirs[name]) for name in theirs) <= GRADIENT_ULPS
+    handle.undo()
+    restored = gradients(wrapped, args)
+    assert all(torch.equal(restored[name], theirs[name]) for name in theirs)
