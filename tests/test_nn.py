@@ -1,4 +1,4 @@
-"""fastdit.nn beside the layers it takes the place of: same state dict, same outputs and gradients."""
+"""fastdit.nn beside the layers it takes the place of: state dicts, outputs and gradients."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def test_final_layer():
 def test_wrong_arguments():
     with pytest.raises(ValueError, match="num_heads: got 5, allowed is a divisor of dim = 32"):
         fnn.Attention(D, 5)
-    with pytest.raises(ValueError, match="attn_drop: got 0.1, allowed is 0"):
+    with pytest.raises(ValueError, match=r"attn_drop: got 0\.1, allowed is 0"):
         fnn.Attention(D, 4, attn_drop=0.1)
     with pytest.raises(ValueError, match="attn_mask: got a mask, allowed is None"):
         fnn.Attention(D, 4)(tokens(), torch.ones(5, 5))
