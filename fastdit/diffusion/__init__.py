@@ -11,9 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from fastdit.diffusion.gaussian import GaussianDiffusion
 from fastdit.diffusion.kinds import LossType, ModelMeanType, ModelVarType
 from fastdit.diffusion.schedules import named_betas, space_timesteps
+from fastdit.diffusion.spacing import SPACINGS, spaced_timesteps
+from fastdit.ops._checks import fail
 
 __all__ = [
     "GaussianDiffusion",
@@ -23,7 +27,20 @@ __all__ = [
     "create_diffusion",
     "named_betas",
     "space_timesteps",
+    "spaced_timesteps",
 ]
+
+
+def _kept(betas: np.ndarray, respacing: str | Sequence[int]) -> set[int]:
+    """The timesteps of a respacing, by number or by noise level."""
+    for spacing in SPACINGS[1:]:
+        if isinstance(respacing, str) and respacing.startswith(spacing):
+            count = respacing.removeprefix(spacing)
+            if not count.isdecimal():
+                allowed = f"'{spacing}N' with N from 1 to {len(betas)}"
+                fail("timestep_respacing", repr(respacing), allowed)
+            return spaced_timesteps(betas, int(count), spacing)
+    return space_timesteps(len(betas), respacing)
 
 
 def create_diffusion(
@@ -40,7 +57,8 @@ def create_diffusion(
 
     Args:
         timestep_respacing: `"250"`, `"10,10,5"`, `"ddim50"`, a list of ints, or `""` or None for
-            all steps; see `space_timesteps`.
+            all steps, see `space_timesteps`; `"logsnr20"` or `"karras10"`, see
+            `fastdit.diffusion.spacing`.
         noise_schedule: `"linear"`, `"squaredcos_cap_v2"` or its other name `"cosine"`.
         use_kl: train on the variational bound (RESCALED_KL).
         sigma_small: where the variance is not learned, fix it to β̃ rather than β.
@@ -62,7 +80,7 @@ def create_diffusion(
     mse = LossType.RESCALED_MSE if rescale_learned_sigmas else LossType.MSE
     return GaussianDiffusion(
         betas,
-        space_timesteps(diffusion_steps, respacing),
+        _kept(betas, respacing),
         model_mean_type=ModelMeanType.START_X if predict_xstart else ModelMeanType.EPSILON,
         model_var_type=ModelVarType.LEARNED_RANGE if learn_sigma else fixed,
         loss_type=LossType.RESCALED_KL if use_kl else mse,

@@ -1,0 +1,44 @@
+"""Where a run's noise comes from: torch's generator in the published order, or seeds of samples.
+
+**Published.** The start noise is one draw for B samples, and every evaluation draws for all rows
+of the published loop's batch, which are 2B under guidance. The same seed then gives the published
+samples, which therefore depend on the batch they are drawn in.
+
+**Seeds.** Each sample has its own 64-bit seed, and its noise is Philox keyed by (seed, step),
+drawn inside the update (`fastdit.philox`). A sample does not depend on the batch, on its place in
+it or on how it is cut into chunks. One seed s gives sample i of a call the seed s + i.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastdit.ops._checks import fail
+
+_SMALLEST, _LARGEST = -(2**63), 2**63 - 1
+
+
+def sample_seeds(seed: int | Sequence[int] | Tensor, count: int) -> Tensor:
+    """`(count,)` int64 seeds on the CPU.
+
+    Raises:
+        ValueError, TypeError: not an int or `count` ints of 64 bits.
+    """
+    if isinstance(seed, Tensor):
+        seed = seed.tolist()
+    if isinstance(seed, int) and not isinstance(seed, bool):
+        seeds = [seed + i for i in range(count)]
+    elif isinstance(seed, Sequence) and not isinstance(seed, str):
+        seeds = list(seed)
+    else:
+        allowed = "None, an int or a sequence of ints"
+        raise TypeError(f"seed: got {type(seed).__name__}, allowed is {allowed}")
+    if len(seeds) != count or not all(type(s) is int for s in seeds):
+        fail("seed", f"{len(seeds)} values {seeds[:4]}", f"an int, or {count} of them")
+    outside = [s for s in seeds if not _SMALLEST <= s <= _LARGEST]
+    if outside:
+        fail("seed", outside[0], f"{_SMALLEST} to {_LARGEST}")
+    return torch.tensor(seeds, dtype=torch.int64)
