@@ -42,7 +42,9 @@ def test_time_ends_a_run():
 
 def test_the_running_mean():
     assert gallery.running_mean([1.0, 3.0]).tolist() == [2.0]
-    assert gallery.running_mean([float(i) for i in range(102)]).tolist() == pytest.approx([49.5, 50.5, 51.5])
+    assert gallery.running_mean([float(i) for i in range(102)]).tolist() == pytest.approx(
+        [49.5, 50.5, 51.5]
+    )
 
 
 @pytest.mark.parametrize("options", [["--minutes", "0"], ["--steps", "0"]])
