@@ -6,8 +6,8 @@ one, in an order that mixes the buckets as their sizes weigh:
     an epoch is ⌊n_b / batch⌋ batches of every bucket b, shuffled; each bucket's images are shuffled
     anew in each epoch, and those that fill no batch wait for the next
 
-The order follows from the seed and the count of samples alone, so a resumed run goes on exactly. The
-model needs `any_size=True` (`fastdit.positions` has its positions on other grids).
+The order follows from the seed and the count of samples alone, so a resumed run goes on exactly.
+The model needs `any_size=True` (`fastdit.positions` has its positions on other grids).
 """
 
 from __future__ import annotations
