@@ -23,10 +23,12 @@ from fastdit.sampling import sample
 
 if TYPE_CHECKING:
     from fastdit.checkpoint import CheckpointError, load_model, save_model
+    from fastdit.native_forward import NativeForward
     from fastdit.patching import patch, patched
 
 _LAZY = {
     "CheckpointError": "fastdit.checkpoint",
+    "NativeForward": "fastdit.native_forward",
     "load_model": "fastdit.checkpoint",
     "patch": "fastdit.patching",
     "patched": "fastdit.patching",
@@ -39,6 +41,7 @@ __all__ = [
     "CheckpointError",
     "DiT",
     "DiT_models",
+    "NativeForward",
     "Sampler",
     "__version__",
     "backend",
