@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 
 import numpy as np
@@ -9,8 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
+from fastdit import cli, training
 from fastdit.buckets import BucketedData, load_files, parse_sizes
+from fastdit.checkpoint import load_model
 from fastdit.data import ArrayData, batch_order, load_data
+from fastdit.trainer import TrainConfig, Trainer
 
 
 def arrays(count: int, *size: int, classes: int = 3) -> ArrayData:
@@ -93,3 +97,50 @@ def test_a_folder_of_arrays_is_buckets(tmp_path):
     data = load_data(str(tmp_path), 0)
     assert data.shapes == [(3, 4, 4), (3, 2, 6)]
     assert load_files(sorted(tmp_path.glob("*.npz"))).num_classes == 5
+
+
+def settings(tmp_path, **changes) -> TrainConfig:
+    small = {"depth": 1, "hidden_size": 24, "num_heads": 2, "patch_size": 2, "steps": 3}
+    small |= {"batch_size": 4, "accumulate": 2, "ema": 0.9, "lr": 1e-3, "out": "out"}
+    return TrainConfig(data=str(tmp_path), **{**small, **changes})
+
+
+def test_a_run_on_buckets_sees_every_size(folder, monkeypatch):
+    trainer = Trainer(settings(folder, buckets="16x16,16x24,24x8"))
+    seen = set()
+    monkeypatch.setattr(
+        trainer.model.x_embedder,
+        "forward",
+        lambda x, pos, _f=trainer.model.x_embedder.forward: (seen.add(x.shape[2:]), _f(x, pos))[1],
+    )
+    for _ in range(4):
+        assert np.isfinite(trainer.step())
+    assert seen == {(16, 16), (16, 24), (24, 8)}
+    assert trainer.model.design.any_size
+    state = copy.deepcopy(trainer.state())
+    expected = trainer.step()
+    again = Trainer(settings(folder, buckets="16x16,16x24,24x8"))
+    again.restore(state)
+    assert again.step() == expected
+    with pytest.raises(ValueError, match=r"a size: got \(16, 24\), allowed is a multiple of"):
+        Trainer(settings(folder, buckets="12x12,16x24", patch_size=12))
+
+
+def test_signals_and_vectors_train_and_draw(tmp_path, monkeypatch):
+    """Signals (N, C, L) whose labels are vectors; patches are as long as they are told."""
+    random = np.random.default_rng(0)
+    signals = random.standard_normal((8, 2, 12), dtype=np.float32)
+    np.savez(tmp_path / "s.npz", images=signals, labels=random.standard_normal((8, 3)))
+    config = settings(tmp_path / "s.npz", out=str(tmp_path / "out"), patch_size=(3,), steps=2)
+    monkeypatch.setattr(training, "plot_losses", lambda losses, path: path.write_bytes(b""))
+    trainer = training.train(config, progress=False)
+    assert trainer.model.config["condition_dim"] == 3
+    assert trainer.model.grid == (4,)
+    training.save_samples(trainer, tmp_path / "samples.png")
+    with Image.open(tmp_path / "samples.png") as picture:
+        assert picture.size == (720, 960)
+    assert load_model(tmp_path / "out" / "ema.safetensors").design.positions == "sincos_1d"
+    for text, patch in (("2", 2), ("8,2", (8, 2)), ("3,", (3,))):
+        argv = ["train", "--data", "x", "--out", "y", "--patch-size", text]
+        args = cli.build_parser().parse_args(argv)
+        assert training.config_from(args).patch_size == patch

@@ -322,6 +322,32 @@ def test_guidance_with_the_null_condition(models, name):
 
 
 @every
+@torch.no_grad()
+def test_patching_leaves_them_alone_and_says_so(models, name):
+    model, args = models[name], inputs(models[name])
+    expected = model(*args)
+    handle = fastdit.patch(model)
+    report = handle.report()
+    assert not report.replaced
+    assert [(site.module, site.reason) for site in report.skipped] == [
+        ("DiT", "runs the ops already")
+    ]
+    assert torch.equal(model(*args), expected)
+    handle.undo()
+
+
+@every
+@torch.no_grad()
+def test_the_native_forward_runs_them_or_says_why_not(models, name):
+    model, args = models[name], inputs(models[name])
+    native = fastdit.NativeForward(model)
+    torch.testing.assert_close(native(*args), model(*args), rtol=1e-4, atol=1e-4)
+    if native.reason is not None and "compiler" not in native.reason:
+        field = native.reason.split()[0]
+        assert getattr(model.design, field) != getattr(designs.PUBLISHED, field), native.reason
+
+
+@every
 def test_samples_of_every_design(models, name):
     model = models[name]
     _x, _t, y = inputs(model)
