@@ -13,6 +13,7 @@ COMMANDS = {
     "sample": "fastdit.commands.sample",
     "train": "fastdit.training",
     "models": "fastdit.commands.models",
+    "inspect": "fastdit.commands.inspect",
     "build": "fastdit.commands.build",
     "doctor": "fastdit.commands.doctor",
     "gpu-proof": "fastdit.commands.gpu_proof",
