@@ -19,9 +19,25 @@ from torch import Tensor, nn
 
 from fastdit import data as datasets
 from fastdit.diffusion import create_diffusion
+from fastdit.flow import Transport, create_transport
 from fastdit.model import DiT, DiT_models
+from fastdit.sizes import resized
 
+OBJECTIVES = ("diffusion", "flow")
 SCHEDULES = ("constant", "cosine")
+FLOW_OPTIONS = (
+    "path_type",
+    "prediction",
+    "loss_weight",
+    "train_eps",
+    "sample_eps",
+    "t_sampling",
+    "logit_mean",
+    "logit_std",
+    "timestep_shift",
+    "cosine_loss",
+    "time_scale",
+)
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -34,19 +50,30 @@ class TrainConfig:
     """A run. The defaults are the published ones, but for what depends on the data.
 
     `model` is a name of `DiT_models`, or "custom" with `depth`, `hidden_size`, `num_heads` and
-    `patch_size`. `batch_size` samples make an update, `accumulate` of them at a time in turn.
+    `patch_size`; `design` holds fields of `fastdit.designs.Design`, and `unconditional` leaves the
+    labels out. `buckets` are sizes of images to train on together (`fastdit.buckets`). `flip`
+    mirrors images at random; signals have no mirror image.
+
+    `batch_size` samples make an update, `accumulate` of them at a time in turn.
+
+    `objective` is "diffusion", the noise of 1000 steps, or "flow". The flow's options, from
+    `path_type` to `time_scale`, are `fastdit.create_transport`'s; they say nothing of a diffusion.
     """
 
     data: str
     out: str
+    objective: str = "diffusion"
     model: str = "custom"
     depth: int = 3
     hidden_size: int = 96
     num_heads: int = 4
-    patch_size: int = 2
+    patch_size: int | tuple[int, ...] = 2
     image_size: int = 256
+    buckets: str = ""
     class_dropout_prob: float = 0.1
     learn_sigma: bool = True
+    design: dict[str, Any] = dataclasses.field(default_factory=dict)
+    unconditional: bool = False
     steps: int = 400_000
     batch_size: int = 256
     accumulate: int = 1
@@ -62,6 +89,17 @@ class TrainConfig:
     device: str = "cpu"
     save_every: int = 5000
     sample_every: int = 0
+    path_type: str = "Linear"
+    prediction: str = "velocity"
+    loss_weight: str | None = None
+    train_eps: float | None = None
+    sample_eps: float | None = None
+    t_sampling: str = "uniform"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    timestep_shift: float = 1.0
+    cosine_loss: bool = False
+    time_scale: float = 1.0
 
     def __post_init__(self) -> None:
         positive = ("steps", "batch_size", "accumulate", "save_every", "image_size")
@@ -73,6 +111,9 @@ class TrainConfig:
                 f"accumulate: got {self.accumulate}, allowed is a divisor of "
                 f"batch_size = {self.batch_size}"
             )
+        if self.objective not in OBJECTIVES:
+            allowed = ", ".join(OBJECTIVES)
+            raise ValueError(f"objective: got {self.objective!r}, allowed is {allowed}")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule: got {self.schedule!r}, allowed is {', '.join(SCHEDULES)}")
         if self.amp not in AMP:
@@ -83,22 +124,52 @@ class TrainConfig:
             )
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema: got {self.ema}, allowed is 0 to below 1")
+        if self.objective == "flow":
+            self.transport()
+            return
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in FLOW_OPTIONS:
+            if getattr(self, name) != defaults[name]:
+                raise ValueError(
+                    f"{name}: got {getattr(self, name)!r}, allowed is {defaults[name]!r} with "
+                    "objective='diffusion'"
+                )
+
+    def transport(self) -> Transport | None:
+        """The flow that the run trains; None trains a diffusion."""
+        if self.objective == "diffusion":
+            return None
+        return create_transport(**{name: getattr(self, name) for name in FLOW_OPTIONS})
 
 
 def build_model(config: TrainConfig, data: datasets.Dataset) -> DiT:
-    """The model of `config` for images of the data's shape and its classes."""
-    channels, height, width = data.shape
+    """The model of `config` for the data's shape and its classes or vectors.
+
+    Raises:
+        ValueError: the patch does not divide one of the data's sizes.
+    """
+    channels, *size = data.shape
     options: dict[str, Any] = {
-        "input_size": height if height == width else (height, width),
+        "input_size": size[0] if len(size) == 2 and size[0] == size[1] else tuple(size),
         "in_channels": channels,
-        "num_classes": data.num_classes,
+        "num_classes": 0 if config.unconditional else data.num_classes,
         "class_dropout_prob": config.class_dropout_prob,
         "learn_sigma": config.learn_sigma,
+        **config.design,
     }
+    if data.condition_dim and not config.unconditional:
+        options["condition_dim"] = data.condition_dim
+    shapes = getattr(data, "shapes", [data.shape])
+    if len(set(shapes)) > 1:
+        options["any_size"] = True
     if config.model != "custom":
-        return DiT_models[config.model](**options)
-    names = ("depth", "hidden_size", "num_heads", "patch_size")
-    return DiT(**options, **{name: getattr(config, name) for name in names})
+        model = DiT_models[config.model](**options)
+    else:
+        names = ("depth", "hidden_size", "num_heads", "patch_size")
+        model = DiT(**options, **{name: getattr(config, name) for name in names})
+    for shape in shapes:
+        resized("--data: a size", shape[1:], model.patch)
+    return model
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -117,7 +188,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
-        self.data = datasets.load_data(config.data, config.image_size)
+        self.data = datasets.load_data(config.data, config.image_size, config.buckets)
         self.device = torch.device(config.device)
         torch.manual_seed(config.seed)
         self.model = build_model(config, self.data).to(self.device).train()
@@ -126,6 +197,7 @@ class Trainer:
             self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
+        self.transport = config.transport()
         self.diffusion = create_diffusion("", learn_sigma=config.learn_sigma)
         self.steps_done = 0
         self.losses: list[float] = []
@@ -139,7 +211,7 @@ class Trainer:
             group["lr"] = learning_rate(c, self.steps_done)
         total = 0.0
         for i in range(c.accumulate):
-            indices = datasets.order(len(self.data), c.seed, start + i * part, part)
+            indices = datasets.batch_order(self.data, c.seed, start + i * part, part)
             loss = self._loss(*self.data.batch(indices)) / c.accumulate
             self.scaler.scale(loss).backward()
             total += loss.item()
@@ -155,12 +227,16 @@ class Trainer:
 
     def _loss(self, x: Tensor, y: Tensor) -> Tensor:
         x, y = x.to(self.device), y.to(self.device)
-        if self.config.flip:
+        if self.config.flip and x.dim() == 4:
             x = torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x.flip(-1), x)
-        t = torch.randint(0, self.diffusion.num_timesteps, (len(x),), device=self.device)
         amp = AMP[self.config.amp]
         with torch.autocast(self.device.type, amp, enabled=amp is not None):
-            terms = self.diffusion.training_losses(self.model, x, t, {"y": y})
+            condition = {"y": None if self.config.unconditional else y}
+            if self.transport is not None:
+                terms = self.transport.training_losses(self.model, x, condition)
+            else:
+                t = torch.randint(0, self.diffusion.num_timesteps, (len(x),), device=self.device)
+                terms = self.diffusion.training_losses(self.model, x, t, condition)
         return terms["loss"].mean()
 
     def _update(self) -> None:
@@ -196,10 +272,11 @@ class Trainer:
         free = {"out", "save_every", "sample_every", "device"}
         if self.config.schedule == "constant":  # a cosine ends with the steps it was made for
             free.add("steps")
-        ours, theirs = dataclasses.asdict(self.config), state["config"]
-        differing = [k for k in ours if k not in free and ours[k] != theirs.get(k)]
+        added = dataclasses.asdict(TrainConfig(data="", out=""))  # what an older state lacks
+        ours, theirs = dataclasses.asdict(self.config), {**added, **state["config"]}
+        differing = [k for k in ours if k not in free and ours[k] != theirs[k]]
         if differing:
-            told = ", ".join(f"{k} = {theirs.get(k)!r} then, {ours[k]!r} now" for k in differing)
+            told = ", ".join(f"{k} = {theirs[k]!r} then, {ours[k]!r} now" for k in differing)
             raise ValueError(f"--resume: the run was another one: {told}")
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["ema"])

@@ -19,11 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastdit import images
 from fastdit.backends import devices
 from fastdit.checkpoint import atomic_write, save_model
+from fastdit.commands import design_options
+from fastdit.data import order
+from fastdit.flow import transport_metadata
 from fastdit.sampling import sample
+from fastdit.sizes import parse_axes
 from fastdit.trainer import TrainConfig, Trainer
 
 SUMMARY = "train a DiT on a folder of images, an .npz file, or the digits"
@@ -42,6 +47,9 @@ DIGITS = {
     "sample_every": 1000,
 }
 """What `--data digits` changes of the defaults: the recipe of the weights that ship."""
+
+DIGITS_FLOW = {"learn_sigma": False, "t_sampling": "logit_normal", "time_scale": 1000.0}
+"""What `--data digits --objective flow` changes besides."""
 
 
 def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -> Trainer:
@@ -116,7 +124,7 @@ def _loop(trainer: Trainer, out: Path, progress: bool, stop: threading.Event) ->
 def save(trainer: Trainer, out: Path) -> None:
     """The state, the EMA weights and the loss curve, each written whole or not at all."""
     atomic_write(out / STATE, lambda path: _write_state(trainer.state(), path))
-    save_model(trainer.average, out / WEIGHTS)
+    save_model(trainer.average, out / WEIGHTS, metadata=transport_metadata(trainer.transport))
     if trainer.losses:
         atomic_write(out / CURVE, lambda path: plot_losses(trainer.losses, path))
 
@@ -132,22 +140,42 @@ def save_samples(trainer: Trainer, path: Path) -> None:
     run's seed without touching its generators."""
     model = trainer.average
     rows = min(10, model.num_classes)
-    classes = [label for label in range(rows) for _ in range(8)]
+    classes: Any = [label for label in range(rows) for _ in range(8)]
+    if model.design.condition_dim:
+        classes = trainer.data.batch(order(len(trainer.data), trainer.config.seed, 0, 64))[1]
     pixels = model.in_channels in (1, 3)
-    guided = model.y_embedder.dropout_prob > 0
     out = sample(
         model,
-        classes,
+        64 if len(classes) == 0 else classes,
         steps=20,
-        cfg_scale=2.0 if guided else 1.0,
-        solver="dpm++",
+        cfg_scale=2.0 if model.guidable else 1.0,
+        solver="heun" if trainer.transport else "dpm++",
         seed=trainer.config.seed,
-        clip_denoised=pixels,
+        clip_denoised=pixels and trainer.transport is None,
+        transport=trainer.transport,
     )
+    if out.dim() == 3:
+        atomic_write(path, lambda temporary: plot_signals(out[:8], temporary))
+        return
     shown = out if pixels else out[:, :3] / out[:, :3].abs().amax()
     scale = max(1, 64 // out.shape[-1])
     labels = [str(row) for row in range(rows)]
     images.grid(images.to_uint8(shown), 8, scale=scale, row_labels=labels).save(path)
+
+
+def plot_signals(signals: Tensor, path: Path) -> None:
+    """`(B, C, L)` signals below each other, a line for each channel, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(len(signals), squeeze=False, figsize=(6, len(signals)))
+    for channels, row in zip(signals.float().cpu(), axes[:, 0], strict=True):
+        row.plot(channels.T, linewidth=0.8)
+        row.set_axis_off()
+    figure.savefig(path, format="png", dpi=120)
+    plt.close(figure)
 
 
 def plot_losses(losses: list[float], path: Path) -> None:
@@ -172,13 +200,18 @@ def plot_losses(losses: list[float], path: Path) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One option for each field of `TrainConfig`; what is not given is the data's default."""
-    kinds = {"int": int, "float": float, "str": str, "float | None": float}
+    kinds = {"int": int, "float": float, "str": str, "float | None": float, "str | None": str}
+    kinds["int | tuple[int, ...]"] = parse_axes
+    design_options.add_arguments(parser)
     for field in dataclasses.fields(TrainConfig):
+        if field.name == "design":
+            continue
         option = f"--{field.name.replace('_', '-')}"
         required = field.default is dataclasses.MISSING
         shown = "" if required else f"default {field.default}"
-        if field.name in DIGITS:
-            shown += f"; digits: {DIGITS[field.name]}"
+        for case, recipe in (("digits", DIGITS), ("digits with flow", DIGITS_FLOW)):
+            if field.name in recipe:
+                shown += f"; {case}: {recipe[field.name]}"
         if field.type == "bool":
             action = argparse.BooleanOptionalAction
             parser.add_argument(option, action=action, default=None, help=shown)
@@ -193,7 +226,10 @@ def config_from(args: argparse.Namespace) -> TrainConfig:
     names = {field.name for field in dataclasses.fields(TrainConfig)}
     given = {k: v for k, v in vars(args).items() if k in names and v is not None}
     recipe = DIGITS if args.data == "digits" else {}
-    return TrainConfig(**{"device": devices()[-1], **recipe, **given})
+    if recipe and args.objective == "flow":
+        recipe = recipe | DIGITS_FLOW
+    design = design_options.options_from(args)
+    return TrainConfig(**{"device": devices()[-1], **recipe, **given, "design": design})
 
 
 def run(args: argparse.Namespace) -> None:

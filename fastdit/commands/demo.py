@@ -7,16 +7,20 @@ same loop on the eager reference, in turns, so that both see the same machine.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from fastdit import backends, images
-from fastdit.commands.sample import load
+from fastdit.checkpoint_files import atomic_write
+from fastdit.commands.sample import load, transport_of
+from fastdit.flow import sampling as flow_sampling
 from fastdit.model import DiT
 from fastdit.sampling import SOLVERS, sample
 
@@ -28,12 +32,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     add = parser.add_argument
     add("--out", type=Path, default=Path("fastdit-demo.png"), help="default fastdit-demo.png")
+    add("--objective", choices=("diffusion", "flow"), default="diffusion", help="of the model")
     add("--steps", type=int, default=50, help="denoising steps (default 50)")
     add("--cfg-scale", type=float, default=2.0, help="guidance (default 2)")
-    add("--solver", choices=SOLVERS, default="ddim", help="default ddim")
+    add(
+        "--solver", choices=(*SOLVERS, *flow_sampling.SOLVERS), help="default ddim; of a flow euler"
+    )
     add("--seed", type=int, default=0, help="default 0")
     add("--device", default=None, help="default: the accelerator, else the CPU")
     add("--rounds", type=int, default=3, help="timed rounds of each (default 3)")
+    add("--json", type=Path, help="also write the timing there")
 
 
 def _timed(model: DiT, backend: str, steps: int, options: dict) -> float:
@@ -76,13 +84,31 @@ def report(device: str, steps: int, rates: dict[str, list[float]]) -> Table:
     return table
 
 
+def record(device: str, steps: int, rates: dict[str, list[float]]) -> dict[str, Any]:
+    """The timing as plain data: images per second of each backend, and the ratio of the pairs."""
+    ratios = [a / b for a, b in zip(rates["auto"], rates["reference"], strict=True)]
+
+    def spread(values: list[float]) -> dict[str, float]:
+        return {"median": statistics.median(values), "least": min(values), "most": max(values)}
+
+    return {
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "steps": steps,
+        "images_per_second": {name: spread(values) for name, values in rates.items()},
+        "ratio": spread(ratios),
+    }
+
+
 def run(args: argparse.Namespace) -> None:
     """Sample, write the picture, print what ran."""
     console = Console()
-    model = load("digits", args.device, "fp32")
+    ckpt = "digits" if args.objective == "diffusion" else "digits-flow"
+    model, transport = load(ckpt, args.device, "fp32"), transport_of(ckpt, args.objective)
     device = next(model.parameters()).device.type
-    options = {"cfg_scale": args.cfg_scale, "solver": args.solver, "seed": args.seed}
-    options["clip_denoised"] = True
+    solver = args.solver or ("ddim" if transport is None else "euler")
+    options = {"cfg_scale": args.cfg_scale, "solver": solver, "seed": args.seed}
+    options |= {"clip_denoised": transport is None, "transport": transport}
     pixels = images.to_uint8(sample(model, CLASSES, steps=args.steps, progress=True, **options))
     picture = images.grid(pixels, 10, scale=6, row_labels=[str(digit) for digit in range(10)])
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -92,3 +118,6 @@ def run(args: argparse.Namespace) -> None:
     console.print(f"timing {args.rounds} rounds of {short} steps each ...")
     rates = throughput(model, short, args.rounds, options)
     console.print(report(device, short, rates))
+    if args.json is not None:
+        text = json.dumps(record(device, short, rates), indent=1) + "\n"
+        atomic_write(args.json, lambda path: path.write_text(text))
