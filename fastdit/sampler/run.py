@@ -77,7 +77,10 @@ class Run:
         self.q = torch.zeros_like(x)
         null = torch.full_like(places, len(labels) - 1)
         self.places = {False: places, True: torch.cat([places, null])}
-        self.counters = torch.zeros(2, dtype=torch.int64, device=x.device)
+        # On the device: the step's index, then the conditioning row of every sample and its null.
+        zero, one = places.new_zeros(1), places.new_ones(1)
+        self.cursor = torch.cat([zero, self.places[True]])
+        self.stride = torch.cat([one, torch.full_like(self.places[True], len(labels))])
         self.steps = torch.arange(len(recipe.plan), device=x.device).unbind()
         self.conditioning: Conditioning | None = None
 
@@ -85,10 +88,11 @@ class Run:
         """Begin again with another chunk of the same shape, in the same tensors."""
         self.x.copy_(x)
         self.q.zero_()
-        self.counters.zero_()
         self.labels.copy_(labels)
         self.places[False].copy_(places)
         self.places[True][: len(places)].copy_(places)
+        self.cursor[:1].zero_()
+        self._first_rows()
         if self.seeds is not None:
             self.seeds.copy_(seeds)
 
@@ -100,7 +104,10 @@ class Run:
         if not conditioning.holds(step):
             conditioning.fill(step)
         if self.captured and step == conditioning.start:
-            self.counters[1:].zero_()
+            self._first_rows()
+
+    def _first_rows(self) -> None:
+        self.cursor[1:].copy_(self.places[True])
 
     def advance(self, step: int) -> None:
         """An eager step; `step` is its index."""
@@ -108,14 +115,14 @@ class Run:
         self.x, self.q = self._evaluate(plan.guided[step], self.steps[step], step)
 
     def advance_captured(self, guided: bool) -> None:
-        """The step that a graph captures: its index is in `counters`."""
-        x, q = self._evaluate(guided, self.counters[0], None)
+        """The step that a graph captures: its index is in `cursor`."""
+        x, q = self._evaluate(guided, self.cursor[0], None)
         self.x.copy_(x)
         if self.recipe.plan.multistep:
             self.q.copy_(q)
         else:
             self.q = q
-        self.counters.add_(1)
+        self.cursor.add_(self.stride)
 
     def _evaluate(self, guided: bool, index: Tensor, step: int | None) -> tuple[Tensor, Tensor]:
         recipe, plan = self.recipe, self.recipe.plan
@@ -141,7 +148,7 @@ class Run:
             return denoise(x, t, self.labels.index_select(0, places))
         held = self.conditioning.table
         if step is None:
-            rows = held[self.counters[1:], places]
+            rows = held.flatten(0, 1).index_select(0, self.cursor[1 : 1 + len(places)])
         else:
             rows = held[step - self.conditioning.start].index_select(0, places)
         return denoise(x, None, None, conditioning=rows)

@@ -25,9 +25,10 @@ from fastdit.diffusion import SPACINGS, GaussianDiffusion, create_diffusion
 from fastdit.model import DiT
 from fastdit.ops._checks import fail
 from fastdit.reference import TABLE_COLUMNS
+from fastdit.sampler import graphs
 from fastdit.sampler.conditioning import Conditioning
 from fastdit.sampler.denoiser import denoiser
-from fastdit.sampler.graphs import CapturedRun, Captures, parameter_storage
+from fastdit.sampler.graphs import CapturedRun, Captures
 from fastdit.sampler.noise import sample_seeds
 from fastdit.sampler.plan import DIFFUSION_SOLVERS, Plan, diffusion_plan
 from fastdit.sampler.run import Recipe, Run
@@ -268,11 +269,12 @@ class Sampler:
 
     def _captured(self, device: torch.device) -> bool:
         """Whether steps are replayed from CUDA graphs."""
-        if self.graph and device.type != "cuda":
+        possible = graphs.capturable(device)
+        if self.graph and not possible:
             fail("graph", True, f"False or None for a model on {device}")
-        captured = device.type == "cuda" if self.graph is None else self.graph
+        captured = possible if self.graph is None else self.graph
         if captured:
-            self._captures.check(parameter_storage(self.model))
+            self._captures.check(graphs.parameter_storage(self.model))
         return captured
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
