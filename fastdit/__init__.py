@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from fastdit import ops
 from fastdit._version import __version__
 from fastdit.backends import BackendError, backend, current_backend, explain
+from fastdit.designs import presets
 from fastdit.diffusion import create_diffusion
 from fastdit.model import DiT, DiT_models
 from fastdit.sampler import Sampler
@@ -48,6 +49,7 @@ __all__ = [
     "ops",
     "patch",
     "patched",
+    "presets",
     "sample",
     "save_model",
 ]

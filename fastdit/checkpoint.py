@@ -112,7 +112,7 @@ def load_model(
         raise CheckpointError(f"{source}: {error}") from error
     # A copy, because mapped tensors would read the file as long as the model lives.
     state = {
-        name: tensor.detach().to(device=device, dtype=dtype, copy=True).contiguous()
+        name: tensor.detach().to(device=device, dtype=_stored(name, dtype), copy=True).contiguous()
         for name, tensor in state.items()
     }
     model.load_state_dict(state, assign=True)
@@ -172,6 +172,11 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from error.__cause__
     return {name: text for name, text in metadata.items() if name not in ("format", CONFIG_KEY)}
+
+
+def _stored(name: str, dtype: torch.dtype | None) -> torch.dtype | None:
+    """Rotary tables stay as they are: 16 bits are too few for angles."""
+    return None if name.startswith("feat_rope.") else dtype
 
 
 class _Unfilled(TorchFunctionMode):

@@ -2,7 +2,7 @@
 
 With x_embedder.proj.weight `(D, C, p, p)`, pos_embed `(1, T, D)` and final_layer.linear.weight
 `(p²·O, D)`, the width is D, the patch p, the latent C channels of side p·√T, and the variance is
-learned where O = 2C.
+learned where O = 2C. `fastdit.checkpoint_design` finds the options of the model's design.
 """
 
 from __future__ import annotations
@@ -17,22 +17,29 @@ from typing import Any
 
 from torch import Tensor
 
+from fastdit import designs
+from fastdit.checkpoint_design import infer_design, mlp_ratio
 from fastdit.checkpoint_files import CheckpointError
 from fastdit.diffusers_format import key_report
-from fastdit.model import SIZES, DiT
+from fastdit.model import DiT
+from fastdit.sizes import SIZES, axes, grid
 
 CONFIG_KEY = "fastdit"
 """Where our safetensors keep the model's configuration, as JSON."""
 
-CONFIG_NAMES = tuple(inspect.signature(DiT).parameters)
+PUBLISHED_NAMES = tuple(n for n in inspect.signature(DiT).parameters if n != "design")
+CONFIG_NAMES = (*PUBLISHED_NAMES, *designs.NAMES)
 HEADS = {width: heads for _, width, heads in SIZES.values()}
-ANCHORS = {
-    "pos_embed": 3,
-    "x_embedder.proj.weight": 4,
-    "y_embedder.embedding_table.weight": 2,
-    "final_layer.linear.weight": 2,
+ANCHORS = ("x_embedder.proj.weight", "final_layer.linear.weight")
+"""The keys without which nothing is known."""
+
+DIMENSIONS = {
+    "pos_embed": (3,),
+    "x_embedder.proj.weight": (3, 4),
+    "y_embedder.embedding_table.weight": (2,),
+    "final_layer.linear.weight": (2,),
 }
-"""The keys whose shapes tell the model's sizes, and their dimensions."""
+"""Of the keys whose shapes tell the model's sizes."""
 
 
 def own_config(metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -51,7 +58,9 @@ def own_config(metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 def known_arguments(config: Any) -> dict[str, Any]:
-    """Arguments of `DiT` anywhere in a script's nested arguments; the outermost of a name wins."""
+    """Published arguments of `DiT` anywhere in a script's nested arguments, and LightningDiT's
+    `wo_shift`, which no shape tells; the outermost of a name wins. Other names of ours mean other
+    things elsewhere."""
     if isinstance(config, argparse.Namespace):
         config = vars(config)
     if not isinstance(config, Mapping):
@@ -59,7 +68,9 @@ def known_arguments(config: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for value in config.values():
         found = {**known_arguments(value), **found}
-    here = {name: config[name] for name in CONFIG_NAMES if config.get(name) is not None}
+    here = {name: config[name] for name in PUBLISHED_NAMES if config.get(name) is not None}
+    if config.get("wo_shift") is True:
+        here["conditioning"] = "adaln_zero_no_shift"
     return {**found, **{n: tuple(v) if isinstance(v, list) else v for n, v in here.items()}}
 
 
@@ -68,30 +79,40 @@ def infer_config(
 ) -> dict[str, Any]:
     """The arguments of the DiT that has these tensors."""
     given = {**hints, **overrides}
-    if set(given) >= set(CONFIG_NAMES):
-        return {name: given[name] for name in CONFIG_NAMES}
+    if set(given) >= set(PUBLISHED_NAMES):
+        return {name: given[name] for name in CONFIG_NAMES if name in given}
     missing = [name for name in ANCHORS if name not in state]
     if missing:
+        missing = ["pos_embed", *missing] if "pos_embed" not in state else missing
         raise CheckpointError(f"not a DiT's weights: {key_report(missing, [])}")
-    wrong = [f"{k} {tuple(state[k].shape)}" for k, n in ANCHORS.items() if state[k].dim() != n]
+    wrong = [f"{k} {tuple(state[k].shape)}" for k, n in DIMENSIONS.items() if _misshaped(state, k)]
     if wrong:
         raise CheckpointError(key_report([], [], tuple(wrong)))
-    width, channels, patch, _ = state["x_embedder.proj.weight"].shape
+    width, channels, *patch = state["x_embedder.proj.weight"].shape
+    learn_sigma = _learn_sigma(state)
     blocks = [int(m[1]) for name in state if (m := re.match(r"blocks\.(\d+)\.", name))]
-    num_classes, dropout = _classes(len(state["y_embedder.embedding_table.weight"]), given)
+    size = _input_size(state, patch, given.get("input_size"))
+    num_classes, dropout = _classes(state, given)
+    design = infer_design(state, width, grid(axes("input_size", size, len(patch)), tuple(patch)))
+    design |= {name: given[name] for name in designs.NAMES if name in given}
     return {
-        "input_size": _input_size(state["pos_embed"].shape[1], patch, given.get("input_size")),
-        "patch_size": patch,
+        "input_size": size,
+        "patch_size": patch[0] if len(set(patch)) == 1 else tuple(patch),
         "in_channels": channels,
         "hidden_size": width,
         "depth": max(blocks, default=-1) + 1,
         "num_heads": _heads(width, given.get("num_heads")),
-        "mlp_ratio": _mlp_ratio(state, width),
-        "learn_sigma": _learn_sigma(len(state["final_layer.linear.weight"]), patch, channels),
+        "mlp_ratio": mlp_ratio(state, width),
+        "learn_sigma": learn_sigma,
+        **design,
         **overrides,
         "num_classes": num_classes,
         "class_dropout_prob": dropout,
     }
+
+
+def _misshaped(state: Mapping[str, Tensor], name: str) -> bool:
+    return name in state and state[name].dim() not in DIMENSIONS[name]
 
 
 def _heads(width: int, given: int | None) -> int:
@@ -102,27 +123,47 @@ def _heads(width: int, given: int | None) -> int:
     return HEADS[width] if given is None else given
 
 
-def _input_size(tokens: int, patch: int, given: Any) -> int | tuple[int, int]:
+def _input_size(state: Mapping[str, Tensor], patch: list[int], given: Any) -> Any:
+    """The given size if the positions have as many tokens, else the square that has."""
+    if "pos_rows" in state:
+        tables = (state["pos_rows"], state["pos_columns"])
+        found = tuple(t.shape[1] * p for t, p in zip(tables, patch, strict=True))
+        return given or (found[0] if found[0] == found[1] else found)
+    holder = next((name for name in ("pos_embed", "feat_rope.freqs_cos") if name in state), None)
+    if holder is None:
+        if given is None:
+            raise CheckpointError("input_size: no positions tell it: pass input_size=")
+        return given
+    tokens = state[holder].shape[-2]
     if given is None:
+        if len(patch) == 1:
+            return (tokens * patch[0],)
         side = math.isqrt(tokens)
-        if side * side != tokens:
+        if side * side != tokens or patch[0] != patch[1]:
             raise CheckpointError(
-                f"input_size: the {tokens} tokens of pos_embed are no square: "
+                f"input_size: the {tokens} tokens of {holder} are no square: "
                 "pass input_size=(height, width)"
             )
-        return side * patch
-    height, width = (given, given) if isinstance(given, int) else given
-    if (height // patch) * (width // patch) != tokens:
+        return side * patch[0]
+    if math.prod(grid(axes("input_size", given, len(patch)), tuple(patch))) != tokens:
         raise CheckpointError(
-            f"input_size: got {given}, allowed is one with {tokens} patches of {patch}x{patch}, "
-            "as pos_embed has"
+            f"input_size: got {given}, allowed is one with {tokens} patches of "
+            f"{'x'.join(map(str, patch))}, as {holder} has"
         )
     return given
 
 
-def _classes(rows: int, given: Mapping[str, Any]) -> tuple[int, float]:
-    """Classes and dropout of a table with this many rows, the last of which may be the null one."""
+def _classes(state: Mapping[str, Tensor], given: Mapping[str, Any]) -> tuple[int, float]:
+    """Classes and dropout: of a table with a row for each, the last of which may be the null one;
+    of a vector with or without a null; of a model that has neither."""
     num_classes, dropout = given.get("num_classes"), given.get("class_dropout_prob")
+    if "y_embedder.embedding_table.weight" not in state:
+        if num_classes:
+            missing = key_report(["y_embedder.embedding_table.weight"], [])
+            raise CheckpointError(f"num_classes: got {num_classes}, but {missing}")
+        null = "y_embedder.null" in state or "y_embedder.mlp.0.weight" not in state
+        return 0, (0.1 if null else 0.0) if dropout is None else dropout
+    rows = len(state["y_embedder.embedding_table.weight"])
     if dropout is None:
         has_null = rows > 1 if num_classes is None else rows == num_classes + 1
         dropout = 0.1 if has_null else 0.0
@@ -137,17 +178,12 @@ def _classes(rows: int, given: Mapping[str, Any]) -> tuple[int, float]:
     return num_classes, dropout
 
 
-def _mlp_ratio(state: Mapping[str, Tensor], width: int) -> float:
-    hidden = next((len(v) for k, v in state.items() if k.endswith(".mlp.fc1.weight")), 4 * width)
-    ratio = hidden / width
-    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
-
-
-def _learn_sigma(rows: int, patch: int, channels: int) -> bool:
-    outputs = {patch * patch * channels: False, 2 * patch * patch * channels: True}
-    if rows not in outputs:
+def _learn_sigma(state: Mapping[str, Tensor]) -> bool:
+    rows, embedder = len(state["final_layer.linear.weight"]), state["x_embedder.proj.weight"].shape
+    numbers = math.prod(embedder[1:])
+    if rows not in (numbers, 2 * numbers):
         raise CheckpointError(
-            f"mis-shaped keys: final_layer.linear.weight has {rows} rows, allowed are "
-            f"{' or '.join(map(str, outputs))} for {channels} channels"
+            f"mis-shaped keys: final_layer.linear.weight has {rows} rows, allowed are {numbers} or "
+            f"{2 * numbers} for x_embedder.proj.weight {tuple(embedder)}"
         )
-    return outputs[rows]
+    return rows == 2 * numbers

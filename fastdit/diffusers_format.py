@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdit import designs
 from fastdit.checkpoint_files import CheckpointError
 from fastdit.embeddings import sincos_2d
 
@@ -215,7 +216,19 @@ def _square(size: int | tuple[int, int]) -> int:
 
 
 def _check_writable(ours: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    for name in designs.NAMES:
+        if name in config:
+            allowed = getattr(designs.PUBLISHED, name)
+            raise ValueError(
+                f"{name}: got {config[name]!r}, allowed is {allowed!r} in diffusers' format"
+            )
+    if not config["num_classes"]:
+        raise ValueError("num_classes: got 0, allowed is 1 or more in diffusers' format")
     _square(config["input_size"])
+    if not isinstance(config["patch_size"], int):
+        raise ValueError(
+            f"patch_size: got {config['patch_size']}, allowed is an int in diffusers' format"
+        )
     if config["depth"] < 1:
         raise ValueError(f"depth: got {config['depth']}, allowed is 1 or more in diffusers' format")
     if int(config["hidden_size"] * config["mlp_ratio"]) != 4 * config["hidden_size"]:

@@ -2,8 +2,9 @@
 
 Three embeddings with the published names and values: fixed 2-D sine-cosine positions (He et al.
 2021), sinusoidal timesteps through an MLP (Ho et al. 2020, Dhariwal & Nichol 2021), and a table
-of labels with one row more for "no label" (classifier-free guidance, Ho & Salimans 2022). Models
-that rotate queries and keys by their position instead (RoPE) take their tables from `rope_2d`.
+of labels with one row more for "no label" (classifier-free guidance, Ho & Salimans 2022). A
+condition that is a vector goes through an MLP like the timestep's. Models that rotate queries and
+keys by their position (RoPE) take their tables from `rope_2d`; `fastdit.positions` has the others.
 """
 
 from __future__ import annotations
@@ -128,3 +129,35 @@ class LabelEmbedder(nn.Module):
         if (train and self.dropout_prob > 0) or force_drop_ids is not None:
             labels = self.token_drop(labels, force_drop_ids)
         return self.embedding_table(labels)
+
+
+class VectorEmbedder(nn.Module):
+    """A vector, such as another model's embedding, through a two-layer MLP; in training each is
+    dropped to a learned null vector with probability p.
+
+    `null`, `(condition_dim,)`, exists only where `dropout_prob` > 0; a row of it is no condition.
+    """
+
+    def __init__(self, condition_dim: int, hidden_size: int, dropout_prob: float) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(condition_dim, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        )
+        null = nn.Parameter(torch.zeros(condition_dim)) if dropout_prob > 0 else None
+        self.register_parameter("null", null)
+        self.dropout_prob = dropout_prob
+
+    def forward(self, vectors: Tensor, train: bool, force_drop_ids: Tensor | None = None) -> Tensor:
+        if force_drop_ids is not None and self.dropout_prob == 0:
+            raise ValueError(
+                "force_drop_ids: got a tensor, allowed is None in a model without a null vector "
+                "(class_dropout_prob=0)"
+            )
+        vectors = vectors.to(self.mlp[0].weight.dtype)
+        if (train and self.dropout_prob > 0) or force_drop_ids is not None:
+            if force_drop_ids is None:
+                drop = torch.rand(len(vectors), device=vectors.device) < self.dropout_prob
+            else:
+                drop = force_drop_ids == 1
+            vectors = torch.where(drop.unsqueeze(1), self.null, vectors)
+        return self.mlp(vectors)

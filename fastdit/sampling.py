@@ -25,13 +25,23 @@ def _allowed(name: str, got: object, allowed: str) -> ValueError:
     return ValueError(f"{name}: got {got!r}, allowed is {allowed}")
 
 
-def _labels(model: DiT, classes: Sequence[int] | Tensor, device: torch.device) -> Tensor:
+def _condition(model: DiT, classes: Any, device: torch.device) -> tuple[int, Tensor | None]:
+    """How many samples, and their y."""
+    if model.y_embedder is None:
+        if not isinstance(classes, int) or classes < 1:
+            raise _allowed("classes", classes, "a number of samples, of a model without condition")
+        return classes, None
+    if model.design.condition_dim:
+        vectors, width = torch.as_tensor(classes), model.design.condition_dim
+        if vectors.dim() != 2 or vectors.shape[1] != width or len(vectors) == 0:
+            raise _allowed("classes", tuple(vectors.shape), f"(B, {width}) vectors")
+        return len(vectors), vectors.to(device)
     labels = torch.as_tensor(classes, dtype=torch.int64)
     if labels.dim() != 1 or labels.numel() == 0:
         raise _allowed("classes", tuple(labels.shape), "a non-empty list of labels")
     if labels.min() < 0 or labels.max() >= model.num_classes:
         raise _allowed("classes", labels.tolist(), f"0 to {model.num_classes - 1}")
-    return labels.to(device)
+    return len(labels), labels.to(device)
 
 
 @contextlib.contextmanager
@@ -49,7 +59,7 @@ def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
 @torch.no_grad()
 def sample(
     model: DiT,
-    classes: Sequence[int] | Tensor,
+    classes: Sequence[int] | Tensor | int,
     *,
     steps: int = 250,
     cfg_scale: float = 4.0,
@@ -64,7 +74,8 @@ def sample(
 
     Args:
         model: a DiT in eval mode; the samples are made on its device.
-        classes: B labels.
+        classes: B labels; `(B, condition_dim)` vectors for a model of these; for one without
+            condition the number of samples.
         steps: denoising steps, spread evenly over the 1000 of training.
         cfg_scale: classifier-free guidance; 1 is none and runs the model on B rows instead of 2B.
         solver: `"ddpm"` (ancestral), `"ddim"` or `"dpm++"` (DPM-Solver++(2M), deterministic).
@@ -76,7 +87,7 @@ def sample(
         progress: show a progress bar.
 
     Returns:
-        `(B, C, H, W)` samples in the model's dtype.
+        `(B, C, *size)` samples in the model's dtype.
 
     Raises:
         ValueError: a label the model does not have, an unknown solver, or guidance of a model
@@ -89,17 +100,16 @@ def sample(
     if eta and solver != "ddim":
         raise _allowed("eta", eta, f"0 with solver={solver!r}")
     parameter = next(model.parameters())
-    labels = _labels(model, classes, parameter.device)
+    count, y = _condition(model, classes, parameter.device)
     guided = cfg_scale != 1
-    if guided and model.y_embedder.dropout_prob == 0:
+    if guided and not model.guidable:
         raise _allowed("cfg_scale", cfg_scale, "1 for a model without a null class")
 
     call: Callable[..., Tensor] = model
-    kwargs: dict[str, Any] = {"y": labels}
+    kwargs: dict[str, Any] = {"y": y}
     if guided:
-        null = torch.full_like(labels, model.num_classes)
         channels = min(3, model.in_channels) if guided_channels is None else guided_channels
-        kwargs = {"y": torch.cat([labels, null]), "cfg_scale": cfg_scale}
+        kwargs = {"y": torch.cat([y, model.null_condition(count)]), "cfg_scale": cfg_scale}
         kwargs["guided_channels"] = channels
         call = model.forward_with_cfg
     diffusion = create_diffusion(str(steps), learn_sigma=model.learn_sigma)
@@ -110,7 +120,7 @@ def sample(
     }[solver]
     options: dict[str, Any] = {"eta": eta} if solver == "ddim" else {}
     with _seeded(seed, parameter.device):
-        shape = (len(labels), model.in_channels, *model.input_size)
+        shape = (count, model.in_channels, *model.input_size)
         z = torch.randn(*shape, device=parameter.device).to(parameter.dtype)
         z = torch.cat([z, z]) if guided else z
         out = loop(
@@ -123,4 +133,4 @@ def sample(
             progress=progress,
             **options,
         )
-    return out[: len(labels)]
+    return out[:count]

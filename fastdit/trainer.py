@@ -34,7 +34,8 @@ class TrainConfig:
     """A run. The defaults are the published ones, but for what depends on the data.
 
     `model` is a name of `DiT_models`, or "custom" with `depth`, `hidden_size`, `num_heads` and
-    `patch_size`. `batch_size` samples make an update, `accumulate` of them at a time in turn.
+    `patch_size`; `design` holds fields of `fastdit.designs.Design`, and `unconditional` leaves the
+    labels out. `batch_size` samples make an update, `accumulate` of them at a time in turn.
     """
 
     data: str
@@ -47,6 +48,8 @@ class TrainConfig:
     image_size: int = 256
     class_dropout_prob: float = 0.1
     learn_sigma: bool = True
+    design: dict[str, Any] = dataclasses.field(default_factory=dict)
+    unconditional: bool = False
     steps: int = 400_000
     batch_size: int = 256
     accumulate: int = 1
@@ -91,9 +94,10 @@ def build_model(config: TrainConfig, data: datasets.Dataset) -> DiT:
     options: dict[str, Any] = {
         "input_size": height if height == width else (height, width),
         "in_channels": channels,
-        "num_classes": data.num_classes,
+        "num_classes": 0 if config.unconditional else data.num_classes,
         "class_dropout_prob": config.class_dropout_prob,
         "learn_sigma": config.learn_sigma,
+        **config.design,
     }
     if config.model != "custom":
         return DiT_models[config.model](**options)
@@ -160,7 +164,8 @@ class Trainer:
         t = torch.randint(0, self.diffusion.num_timesteps, (len(x),), device=self.device)
         amp = AMP[self.config.amp]
         with torch.autocast(self.device.type, amp, enabled=amp is not None):
-            terms = self.diffusion.training_losses(self.model, x, t, {"y": y})
+            condition = {"y": None if self.config.unconditional else y}
+            terms = self.diffusion.training_losses(self.model, x, t, condition)
         return terms["loss"].mean()
 
     def _update(self) -> None:
@@ -196,7 +201,8 @@ class Trainer:
         free = {"out", "save_every", "sample_every", "device"}
         if self.config.schedule == "constant":  # a cosine ends with the steps it was made for
             free.add("steps")
-        ours, theirs = dataclasses.asdict(self.config), state["config"]
+        added = dataclasses.asdict(TrainConfig(data="", out=""))  # what an older state lacks
+        ours, theirs = dataclasses.asdict(self.config), {**added, **state["config"]}
         differing = [k for k in ours if k not in free and ours[k] != theirs.get(k)]
         if differing:
             told = ", ".join(f"{k} = {theirs.get(k)!r} then, {ours[k]!r} now" for k in differing)

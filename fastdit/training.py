@@ -23,6 +23,7 @@ import torch
 from fastdit import images
 from fastdit.backends import devices
 from fastdit.checkpoint import atomic_write, save_model
+from fastdit.commands import design_options
 from fastdit.sampling import sample
 from fastdit.trainer import TrainConfig, Trainer
 
@@ -134,12 +135,11 @@ def save_samples(trainer: Trainer, path: Path) -> None:
     rows = min(10, model.num_classes)
     classes = [label for label in range(rows) for _ in range(8)]
     pixels = model.in_channels in (1, 3)
-    guided = model.y_embedder.dropout_prob > 0
     out = sample(
         model,
-        classes,
+        classes or 64,
         steps=20,
-        cfg_scale=2.0 if guided else 1.0,
+        cfg_scale=2.0 if model.guidable else 1.0,
         solver="dpm++",
         seed=trainer.config.seed,
         clip_denoised=pixels,
@@ -173,7 +173,10 @@ def plot_losses(losses: list[float], path: Path) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One option for each field of `TrainConfig`; what is not given is the data's default."""
     kinds = {"int": int, "float": float, "str": str, "float | None": float}
+    design_options.add_arguments(parser)
     for field in dataclasses.fields(TrainConfig):
+        if field.name == "design":
+            continue
         option = f"--{field.name.replace('_', '-')}"
         required = field.default is dataclasses.MISSING
         shown = "" if required else f"default {field.default}"
@@ -193,7 +196,8 @@ def config_from(args: argparse.Namespace) -> TrainConfig:
     names = {field.name for field in dataclasses.fields(TrainConfig)}
     given = {k: v for k, v in vars(args).items() if k in names and v is not None}
     recipe = DIGITS if args.data == "digits" else {}
-    return TrainConfig(**{"device": devices()[-1], **recipe, **given})
+    design = design_options.options_from(args)
+    return TrainConfig(**{"device": devices()[-1], **recipe, **given, "design": design})
 
 
 def run(args: argparse.Namespace) -> None:

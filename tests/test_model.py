@@ -260,7 +260,7 @@ def test_empty_batch():
         ({"input_size": (8, 8, 8)}, "input_size: got"),
         ({"depth": -1}, "depth: got -1"),
         ({"class_dropout_prob": 1.5}, "class_dropout_prob: got 1.5"),
-        ({"num_classes": 0}, "num_classes: got 0"),
+        ({"num_classes": -1}, "num_classes: got -1"),
     ],
 )
 def test_wrong_configurations(changes, message):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+import fastdit
 from fastdit import cli, digits, training
 from fastdit.checkpoint import load_model
 from fastdit.trainer import DivergedError, TrainConfig, Trainer, learning_rate
@@ -165,6 +166,38 @@ def test_a_missing_matplotlib_is_told_before_the_first_step(tmp_path, monkeypatc
     with pytest.raises(ImportError, match=r"pip install 'fastdit\[train\]'"):
         train(tiny(tmp_path / "run"), progress=False)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"design": {"conditioning": "in_context", "positions": "learned_2d", "qk_norm": "rms"}},
+        {"design": fastdit.presets["literal"], "unconditional": True},
+    ],
+    ids=["in_context", "literal"],
+)
+def test_other_designs_train_and_sample(tmp_path, changes, monkeypatch):
+    monkeypatch.setattr(training, "plot_losses", lambda losses, path: path.write_bytes(b""))
+    config = tiny(tmp_path, steps=2, **changes)
+    trainer = train(config, progress=False)
+    model = load_model(tmp_path / "ema.safetensors")
+    assert model.design.options() == changes["design"]
+    assert bool(model.num_classes) != config.unconditional
+    training.save_samples(trainer, tmp_path / "samples.png")
+    assert (tmp_path / "samples.png").stat().st_size > 0
+
+
+def test_the_command_takes_every_choice_of_design(tmp_path):
+    argv = ["train", "--data", "digits", "--out", str(tmp_path), "--preset", "literal"]
+    argv += ["--conditioning", "adaln_zero", "--rope", "--qk-norm", "none", "--frequency-dim", "64"]
+    config = training.config_from(cli.build_parser().parse_args(argv))
+    assert config.design == {
+        **fastdit.presets["literal"],
+        "conditioning": "adaln_zero",
+        "rope": True,
+        "qk_norm": None,
+        "frequency_dim": 64,
+    }
 
 
 def test_without_a_learned_variance(tmp_path):
