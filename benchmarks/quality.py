@@ -33,20 +33,20 @@ DOCS = HERE.parent / "docs" / "sampling.md"
 MARKS = ("<!-- quality table -->", "<!-- end of the quality table -->")
 SCALE = 1.5
 COUNT = 1000
+OPTIONS = ("solver", "steps", "spacing", "guidance_interval")
 
 
 def settings() -> list[dict]:
     """The options of `Sampler` that are compared."""
-    found: list[dict] = [{"solver": "ddpm", "steps": steps} for steps in (250, 50)]
-    found += [{"solver": "ddim", "steps": steps} for steps in (50, 25, 20, 10)]
+    found: list[dict] = [{"solver": "ddim", "steps": steps} for steps in (10, 20, 25, 50)]
     for spacing in ("uniform", "logsnr", "karras"):
-        for steps in (20, 10, 8, 6):
+        for steps in (6, 8, 10, 20):
             found.append({"solver": "dpm++", "steps": steps, "spacing": spacing})
     for interval in ((0, 600), (100, 700), (0, 400)):
-        found.append({"solver": "ddim", "steps": 50, "guidance_interval": interval})
-        for steps in (20, 10):
+        for steps in (10, 20):
             setting = {"solver": "dpm++", "steps": steps, "spacing": "karras"}
-            found.append({**setting, "guidance_interval": interval})
+            found.append({**setting, "guidance_interval": list(interval)})
+    found += [{"solver": "ddpm", "steps": steps} for steps in (50, 250)]
     return found
 
 
@@ -69,35 +69,35 @@ def evaluations(sampler: Sampler) -> int:
     return sum(1 + guided for guided in sampler.plan.guided)
 
 
+def options(row: dict) -> dict:
+    """Of a row, what `Sampler` was given."""
+    return {name: value for name, value in row.items() if name in OPTIONS}
+
+
 def measure(seeds: int) -> dict:
-    """Every setting, with each seed."""
+    """Every setting that the results do not have yet, with each seed; they are written each time,
+    so that a run that was cut off goes on where it was."""
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": []}
     model, reader, data = load_digits_model(), Reader(), load_digits()
     real = pixels(data.images)
     order = np.random.default_rng(0).permutation(len(real))
+    halves = frechet(real[order[::2]], real[order[1::2]])
+    results |= {"cfg_scale": SCALE, "samples": COUNT, "frechet_of_real_halves": round(halves, 2)}
     labels = torch.arange(10).repeat_interleave(COUNT // 10)
-    rows = []
     for setting in settings():
-        sampler = Sampler(model, cfg_scale=SCALE, clip_denoised=True, chunk=500, **setting)
-        accuracies, distances = [], []
+        if setting in map(options, results["rows"]):
+            continue
+        sampler = Sampler(model, cfg_scale=SCALE, clip_denoised=True, chunk=100, **setting)
+        row = {**setting, "evaluations": evaluations(sampler), "recognised": [], "frechet": []}
         for seed in range(seeds):
             images = sampler(labels, seed=seed * COUNT)
-            accuracies.append(reader.accuracy(images, labels))
-            distances.append(frechet(pixels(images), real))
-        rows.append(
-            {**setting, "evaluations": evaluations(sampler), "accuracy": accuracies}
-            | {"frechet": [round(d, 2) for d in distances]}
-        )
-        print(json.dumps(rows[-1]), flush=True)
-    halves = frechet(real[order[::2]], real[order[1::2]])
-    return {
-        "model": "digits",
-        "cfg_scale": SCALE,
-        "samples": COUNT,
-        "seeds": seeds,
-        "held_out": reader.held_out,
-        "frechet_of_real_halves": round(halves, 2),
-        "rows": rows,
-    }
+            row["recognised"].append(round(reader.accuracy(images, labels), 4))
+            row["frechet"].append(round(frechet(pixels(images), real), 1))
+        results["rows"].append(row)
+        RESULTS.parent.mkdir(parents=True, exist_ok=True)
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        print(json.dumps(row), flush=True)
+    return results
 
 
 def named(row: dict) -> str:
@@ -117,29 +117,19 @@ def table(results: dict) -> str:
         "|---|---|---|---|",
     ]
     for row in sorted(results["rows"], key=lambda row: -row["evaluations"]):
-        recognised = f"{100 * np.mean(row['accuracy']):.1f} %"
+        recognised = f"{100 * np.mean(row['recognised']):.1f} %"
         spread = f"{np.mean(row['frechet']):.1f} ({min(row['frechet'])} to {max(row['frechet'])})"
-        preset = f" (`{row['preset']}`)" if "preset" in row else ""
-        lines.append(f"| {named(row)}{preset} | {row['evaluations']} | {recognised} | {spread} |")
+        chosen = f": `{name}`" if (name := preset(row)) else ""
+        lines.append(f"| {named(row)}{chosen} | {row['evaluations']} | {recognised} | {spread} |")
     return "\n".join(lines)
 
 
-def with_presets(results: dict) -> dict:
-    """The rows that are presets, marked."""
+def preset(row: dict) -> str | None:
+    """The name of the preset that takes the row's options, if there is one."""
     from fastdit.sampler.presets import PRESETS
 
-    for row in results["rows"]:
-        row.pop("preset", None)
-        for name, options in PRESETS.items():
-            given = {k: v for k, v in row.items() if k in ("solver", "steps")}
-            given["spacing"] = row.get("spacing", "uniform")
-            given["guidance_interval"] = row.get("guidance_interval")
-            interval = options.get("guidance_interval")
-            wanted = {"spacing": "uniform", **options}
-            wanted["guidance_interval"] = list(interval) if interval else None
-            if given == wanted:
-                row["preset"] = name
-    return results
+    wanted = {name: value for name, value in options(row).items() if value != "uniform"}
+    return next((name for name, given in PRESETS.items() if given == wanted), None)
 
 
 def documented(text: str, results: dict) -> str:
@@ -155,12 +145,8 @@ def main() -> None:
     parser.add_argument("--measure", action="store_true", help="measure, write results and docs")
     parser.add_argument("--seeds", type=int, default=2, help="default 2")
     args = parser.parse_args()
+    results = measure(args.seeds) if args.measure else json.loads(RESULTS.read_text())
     if args.measure:
-        RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        RESULTS.write_text(json.dumps(measure(args.seeds), indent=1) + "\n")
-    results = with_presets(json.loads(RESULTS.read_text()))
-    if args.measure:
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
         DOCS.write_text(documented(DOCS.read_text(), results))
     print(table(results))
 

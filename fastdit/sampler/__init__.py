@@ -1,8 +1,9 @@
 """The sampling engine: whole denoise steps, hoisted conditioning, CUDA graphs.
 
-`sampler.py` is the public class, `plan.py` a solver as the rows of a table, `conditioning.py` what
-is computed before the first step, `run.py` the step, `graphs.py` its capture, `noise.py` the draws
-and `denoiser.py` the place where another forward replaces the model's.
+`sampler.py` is the public class, `conditions.py` what it is asked for, `plan.py` a solver as the
+rows of a table, `presets.py` solvers by quality, `conditioning.py` what is computed before the first
+step, `run.py` the step, `graphs.py` its capture, `noise.py` the draws and `denoiser.py` the place
+where another forward replaces the model's.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fastdit import ops
 from fastdit.sampler.conditioning import Conditioning
+from fastdit.sampler.conditions import Conditions
 from fastdit.sampler.denoiser import Denoiser
 from fastdit.sampler.plan import Plan
 
@@ -53,8 +54,7 @@ class Run:
     Args:
         recipe: of the call.
         x: `(B, C, ...)`, the start noise.
-        labels: `(L,)`, distinct; the null class, where it is needed, is the last.
-        places: `(B,)`, which of the labels each sample has.
+        conditions: the call's, with the places of this chunk's samples.
         seeds: `(B,)` int64, in a seeded run.
         captured: steps write where they read, as a CUDA graph needs.
 
@@ -67,28 +67,30 @@ class Run:
         self,
         recipe: Recipe,
         x: Tensor,
-        labels: Tensor,
-        places: Tensor,
+        conditions: Conditions,
         seeds: Tensor | None,
         captured: bool,
     ) -> None:
         self.recipe, self.captured = recipe, captured
-        self.x, self.labels, self.seeds = x, labels, seeds
+        self.x, self.conditions, self.seeds = x, conditions, seeds
         self.q = torch.zeros_like(x)
-        null = torch.full_like(places, len(labels) - 1)
+        places = conditions.places
+        null = torch.full_like(places, conditions.count - 1)
         self.places = {False: places, True: torch.cat([places, null])}
         # On the device: the step's index, then the conditioning row of every sample and its null.
         zero, one = places.new_zeros(1), places.new_ones(1)
         self.cursor = torch.cat([zero, self.places[True]])
-        self.stride = torch.cat([one, torch.full_like(self.places[True], len(labels))])
+        self.stride = torch.cat([one, torch.full_like(self.places[True], conditions.count)])
         self.steps = torch.arange(len(recipe.plan), device=x.device).unbind()
         self.conditioning: Conditioning | None = None
 
-    def start(self, x: Tensor, labels: Tensor, places: Tensor, seeds: Tensor | None) -> None:
+    def start(self, x: Tensor, conditions: Conditions, seeds: Tensor | None) -> None:
         """Begin again with another chunk of the same shape, in the same tensors."""
         self.x.copy_(x)
         self.q.zero_()
-        self.labels.copy_(labels)
+        if self.conditions.y is not None:
+            self.conditions.y.copy_(conditions.y)
+        places = conditions.places
         self.places[False].copy_(places)
         self.places[True][: len(places)].copy_(places)
         self.cursor[:1].zero_()
@@ -145,7 +147,7 @@ class Run:
         denoise, places = self.recipe.denoise, self.places[guided]
         if self.conditioning is None:
             t = self.recipe.times.index_select(0, index.reshape(1)).expand(len(x))
-            return denoise(x, t, self.labels.index_select(0, places))
+            return denoise(x, t, self.conditions.select(places))
         held = self.conditioning.table
         if step is None:
             rows = held.flatten(0, 1).index_select(0, self.cursor[1 : 1 + len(places)])

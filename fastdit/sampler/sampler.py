@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from fastdit.ops._checks import fail
 from fastdit.reference import TABLE_COLUMNS
 from fastdit.sampler import graphs
 from fastdit.sampler.conditioning import Conditioning
+from fastdit.sampler.conditions import Classes, Conditions, conditions
 from fastdit.sampler.denoiser import denoiser
 from fastdit.sampler.graphs import CapturedRun, Captures
 from fastdit.sampler.noise import sample_seeds
@@ -124,7 +125,7 @@ class Sampler:
 
     def __call__(
         self,
-        classes: Sequence[int] | Tensor,
+        classes: Classes,
         *,
         seed: int | Sequence[int] | Tensor | None = None,
         noise: Tensor | None = None,
@@ -134,7 +135,8 @@ class Sampler:
         """Class-conditional samples, `(B, C, H, W)` in the model's dtype.
 
         Args:
-            classes: B labels.
+            classes: B labels; `(B, condition_dim)` vectors for a model of these; for one without
+                condition the number of samples.
             seed: an int, sample i then has the seed `seed + i`, or B ints, each sample's own. A
                 sample depends on its label and its seed: not on the batch or the chunks, but for
                 the rounding of matrix products of other sizes. None draws from torch's generator
@@ -148,7 +150,7 @@ class Sampler:
                 does not fit.
         """
         finished = []
-        chunks = self._chunks(len(classes))
+        chunks = self._chunks(classes if isinstance(classes, int) else len(classes))
         with _bar(progress, len(chunks) * len(self.plan)) as advanced:
             for part, step, run, x in self._advance(classes, seed, noise, callback is not None):
                 if callback is not None and self.plan.ends[step]:
@@ -160,7 +162,7 @@ class Sampler:
 
     def iterate(
         self,
-        classes: Sequence[int] | Tensor,
+        classes: Classes,
         *,
         seed: int | Sequence[int] | Tensor | None = None,
         noise: Tensor | None = None,
@@ -182,10 +184,17 @@ class Sampler:
             fail("model", "one in training mode", "one in eval mode: call model.eval()")
         device, dtype = parameter.device, parameter.dtype
         captured = self._captured(device)
-        labels, places = self._labels(classes, device, captured)
-        seeds = None if seed is None else sample_seeds(seed, len(places)).to(device)
+        given = conditions(
+            self.model,
+            classes,
+            guided=any(self.plan.guided),
+            padded=captured,
+            device=device,
+        )
+        count = len(given.places)
+        seeds = None if seed is None else sample_seeds(seed, count).to(device)
         shape = (self.model.in_channels, *self.model.input_size)
-        if noise is not None and (noise.shape != (len(places), *shape) or noise.device != device):
+        if noise is not None and (noise.shape != (count, *shape) or noise.device != device):
             fail("noise", f"{tuple(noise.shape)} on {noise.device}", f"(B, *{shape}) on {device}")
         table, times = self._on(device)
         recipe = Recipe(
@@ -198,14 +207,14 @@ class Sampler:
             seeds is not None,
         )
         with torch.no_grad():
-            conditioning = self._conditioning(times, labels)
-        for part in self._chunks(len(places)):
+            conditioning = self._conditioning(times, given)
+        for part in self._chunks(count):
             own = None if seeds is None else seeds[part]
             with torch.no_grad():
                 x = self._start(recipe, own, (part.stop - part.start, *shape), dtype, device)
                 x = x if noise is None else noise[part].to(dtype)
-                given = (x.contiguous(), labels, places[part], own)
-                run, mover = self._begin(recipe, given, conditioning, captured)
+                chunk = (x.contiguous(), replace(given, places=given.places[part]), own)
+                run, mover = self._begin(recipe, chunk, conditioning, captured)
             for step in range(len(self.plan)):
                 with torch.no_grad():
                     before = run.x.clone() if previews and self.plan.data is not None else None
@@ -214,27 +223,33 @@ class Sampler:
                 yield part, step, run, before
 
     def _begin(
-        self, recipe: Recipe, given: tuple, conditioning: Conditioning | None, captured: bool
+        self, recipe: Recipe, chunk: tuple, conditioning: Conditioning | None, captured: bool
     ) -> tuple[Run, Run | CapturedRun]:
         """A chunk's run, and what moves it."""
-        x, labels, places, seeds = given
         if not captured:
-            run = Run(recipe, *given, captured=False)
+            run = Run(recipe, *chunk, captured=False)
             return run, run
+        x, given, seeds = chunk
         rows = None if conditioning is None else conditioning.table.data_ptr()
-        key = (x.shape, x.dtype, labels.shape, recipe.seeded, rows)
-        own = (x.clone(), labels.clone(), places.clone(), None if seeds is None else seeds.clone())
-        captured_run, new = self._captures.get(key, lambda: Run(recipe, *own, captured=True))
+        key = (x.shape, x.dtype, given.count, recipe.seeded, rows)
+
+        def fresh() -> Run:
+            y = None if given.y is None else given.y.clone()
+            own = Conditions(y, given.places.clone(), given.count)
+            own_seeds = None if seeds is None else seeds.clone()
+            return Run(recipe, x.clone(), own, own_seeds, captured=True)
+
+        captured_run, new = self._captures.get(key, fresh)
         if not new:
-            captured_run.run.start(*given)
+            captured_run.run.start(*chunk)
         return captured_run.run, captured_run
 
-    def _conditioning(self, times: Tensor, labels: Tensor) -> Conditioning | None:
+    def _conditioning(self, times: Tensor, given: Conditions) -> Conditioning | None:
         """The rows of the call, or None where the model computes its own in each step."""
         if not self.conditioning_budget:
             return None
         reuse = self._captures.tables()
-        found = Conditioning(self.model, times, labels, self.conditioning_budget, reuse)
+        found = Conditioning(self.model, times, given, self.conditioning_budget, reuse)
         if not found.steps:
             return None
         found.fill(0)
@@ -288,25 +303,6 @@ class Sampler:
             self._tables[device] = (table.to(device, torch.float32), times.to(device))
         return self._tables[device]
 
-    def _labels(self, classes: Any, device: torch.device, captured: bool) -> tuple[Tensor, Tensor]:
-        """The distinct labels, the null class behind them, and which of them each sample has.
-
-        For a graph they are filled up to a power of two, so that a call with other labels finds
-        the graph of an earlier one.
-        """
-        given = torch.as_tensor(classes, dtype=torch.int64).cpu()
-        if given.dim() != 1 or given.numel() == 0:
-            fail("classes", tuple(given.shape), "a non-empty list of labels")
-        if given.min() < 0 or given.max() >= self.model.num_classes:
-            fail("classes", given.tolist(), f"0 to {self.model.num_classes - 1}")
-        distinct, places = given.unique(return_inverse=True)
-        nulls = int(any(self.plan.guided))
-        if captured:
-            nulls = (1 << (len(distinct) + nulls - 1).bit_length()) - len(distinct)
-        null = self.model.num_classes if any(self.plan.guided) else int(distinct[0])
-        distinct = torch.cat([distinct, torch.full((nulls,), null)])
-        return distinct.to(device), places.to(device)
-
 
 @contextlib.contextmanager
 def _bar(progress: bool, total: int) -> Iterator[Callable[[], Any]]:
@@ -340,7 +336,7 @@ def _schedule(
 
 
 def _guided_channels(model: DiT, cfg_scale: float, channels: int | None) -> int:
-    if cfg_scale != 1 and model.y_embedder.dropout_prob == 0:
+    if cfg_scale != 1 and not model.guidable:
         fail("cfg_scale", cfg_scale, "1 for a model without a null class")
     if channels is None:
         return min(3, model.in_channels)

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 import fastdit
 from fastdit.sampler.conditioning import Conditioning
+from fastdit.sampler.conditions import Conditions
 from fastdit.sampler.plan import diffusion_plan
 from fastdit.sampler.run import Recipe, Run
 from fastdit.testing import count_traffic
@@ -59,7 +60,8 @@ def fake_model(device: str, depth: int) -> tuple[FakeTensorMode, fastdit.DiT]:
         with FakeTensorMode() as mode:
             dit = fastdit.DiT(depth=depth).eval()
             for module in dit.modules():
-                for name, value in module._parameters.items():
+                present = {k: v for k, v in module._parameters.items() if v is not None}
+                for name, value in present.items():
                     fresh = torch.empty(value.shape, device=device)
                     module._parameters[name] = nn.Parameter(fresh, requires_grad=False)
     finally:
@@ -90,7 +92,8 @@ def captured_run(dit, device: str, solver: str, seeded: bool, hoisted: bool = Tr
     recipe = Recipe(dit, plan, table, ints(STEPS), None, 3, seeded)
     x = torch.empty(BATCH, 4, 32, 32, dtype=torch.bfloat16, device=device)
     seeds = ints(BATCH) if seeded else None
-    run = Run(recipe, x, ints(LABELS), ints(BATCH), seeds, captured=True)
+    given = Conditions(ints(LABELS), ints(BATCH), LABELS)
+    run = Run(recipe, x, given, seeds, captured=True)
     if hoisted:
         run.conditioning = Conditioning.__new__(Conditioning)
         width = (6 * len(dit.blocks) + 2) * 1152
