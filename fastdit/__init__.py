@@ -17,16 +17,19 @@ from fastdit._version import __version__
 from fastdit.backends import BackendError, backend, current_backend, explain
 from fastdit.designs import presets
 from fastdit.diffusion import create_diffusion
+from fastdit.flow import create_transport
 from fastdit.model import DiT, DiT_models
 from fastdit.sampler import Sampler
 from fastdit.sampling import sample
 
 if TYPE_CHECKING:
     from fastdit.checkpoint import CheckpointError, load_model, save_model
+    from fastdit.native_forward import NativeForward
     from fastdit.patching import patch, patched
 
 _LAZY = {
     "CheckpointError": "fastdit.checkpoint",
+    "NativeForward": "fastdit.native_forward",
     "load_model": "fastdit.checkpoint",
     "patch": "fastdit.patching",
     "patched": "fastdit.patching",
@@ -39,10 +42,12 @@ __all__ = [
     "CheckpointError",
     "DiT",
     "DiT_models",
+    "NativeForward",
     "Sampler",
     "__version__",
     "backend",
     "create_diffusion",
+    "create_transport",
     "current_backend",
     "explain",
     "load_model",

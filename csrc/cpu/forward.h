@@ -1,0 +1,93 @@
+// The arguments of the kernels of the native forward: a whole DiT in inference, in float32.
+//
+// Activations are row-major matrices whose rows are `row_stride` floats apart; weights are packed in
+// panels of the instruction set's width, each a dense (depth, panel) matrix, zeros behind the last
+// column. Every element is summed in one order that depends on the layer's width alone, so neither
+// the batch, nor the threads, nor a tile's place change its bits.
+#pragma once
+
+#include "cpu/isa.h"
+
+namespace fastdit {
+
+constexpr int64_t kWidest = 32;  // columns of the widest panel, AVX-512's
+
+inline int64_t padded(int64_t width) { return (width + kWidest - 1) / kWidest * kWidest; }
+
+// Floats from one row of activations to the next: an odd number of cache lines, so that the rows of
+// a tile never meet in one set of the cache (1024 floats apart they all would).
+inline int64_t row_stride(int64_t width) { return padded(width) + 16; }
+
+// What becomes of an element v = (A·B)[row][column] + bias[column].
+enum class Epilogue : int8_t {
+  plain,  // c = v
+  gelu,   // c = gelu(v)
+  gate,   // c += row[column]·v, row: the sample's
+  add,    // c = v + row[column], row: the token's
+};
+
+struct Gemm {
+  const float* a = nullptr;
+  int64_t a_stride = 0;
+  const float* b = nullptr;  // packed
+  const float* bias = nullptr;  // padded with zeros to whole panels; null is none
+  float* c = nullptr;
+  int64_t c_stride = 0;
+  int64_t rows = 0, columns = 0, depth = 0;
+  Epilogue epilogue = Epilogue::plain;
+  const float* row = nullptr;  // of the epilogue, padded as the bias
+  int64_t row_step = 0, tokens = 1;
+};
+
+// A (rows, depth) weight as panels.
+struct Pack {
+  const float* weight = nullptr;
+  int64_t rows = 0, depth = 0;
+  float* to = nullptr;
+};
+
+// out = (x − mean)·rstd·mul + add, a row each; mul and add are the sample's.
+struct Norm {
+  const float* x = nullptr;
+  float* out = nullptr;
+  int64_t stride = 0;  // of both
+  const float *mul = nullptr, *add = nullptr;
+  int64_t mul_step = 0;
+  int64_t tokens = 1, width = 0;
+  float eps = 0;
+};
+
+// softmax(QKᵀ/√d)·V of packed rows [Q | K | V], each head's columns side by side.
+struct Attention {
+  const float* qkv = nullptr;
+  int64_t qkv_stride = 0;
+  float* out = nullptr;
+  int64_t out_stride = 0;
+  int64_t tokens = 0, heads = 0, head_dim = 0;
+  int64_t parts = 1;  // of a head's queries: an item each
+};
+
+// out[m][n] = f(a[m]·w[n] + bias[n]), both rows dense: for few rows, at the speed of memory.
+struct Dots {
+  const float *a = nullptr, *w = nullptr, *bias = nullptr;
+  float* out = nullptr;
+  int64_t out_stride = 0;
+  int64_t rows = 0, depth = 0;
+  bool silu = false;
+};
+
+}  // namespace fastdit
+
+FASTDIT_KERNEL(panel_width, (int64_t& width), (width))
+FASTDIT_KERNEL(pack_panels, (const Pack& p, int64_t begin, int64_t end), (p, begin, end))
+FASTDIT_KERNEL(gemm_block,
+               (const Gemm& g, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end,
+                float* scratch),
+               (g, row, row_end, panel, panel_end, scratch))
+FASTDIT_KERNEL(gemm_scratch, (const Gemm& g, int64_t& floats), (g, floats))
+FASTDIT_KERNEL(norm_rows, (const Norm& n, int64_t begin, int64_t end), (n, begin, end))
+FASTDIT_KERNEL(attention_items, (const Attention& a, int64_t begin, int64_t end, float* scratch),
+               (a, begin, end, scratch))
+FASTDIT_KERNEL(attention_scratch, (const Attention& a, int64_t& floats), (a, floats))
+FASTDIT_KERNEL(dots_columns, (const Dots& d, int64_t begin, int64_t end), (d, begin, end))
+FASTDIT_KERNEL(silu_floats, (float* values, int64_t count), (values, count))

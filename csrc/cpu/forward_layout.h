@@ -1,0 +1,79 @@
+// A DiT as numbers, and where its packed weights and its activations lie.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "cpu/forward.h"
+
+namespace fastdit {
+
+// In the order of `fastdit.native_weights`'s tuple.
+struct Dit {
+  int64_t channels, height, width, patch_rows, patch_columns;
+  int64_t hidden, depth, heads, mlp, out_channels;
+
+  static constexpr int64_t kNumbers = 10;
+  int64_t grid_rows() const { return height / patch_rows; }
+  int64_t grid_columns() const { return width / patch_columns; }
+  int64_t tokens() const { return grid_rows() * grid_columns(); }
+  int64_t patch_size() const { return channels * patch_rows * patch_columns; }
+  int64_t pixels() const { return out_channels * patch_rows * patch_columns; }
+  int64_t modulations() const { return (6 * depth + 2) * hidden; }
+};
+
+// A Linear in the packed memory: offsets in floats.
+struct Linear {
+  int64_t weight, bias, rows, depth;
+};
+
+// The packed memory: a cache line that names the panel's width, then every matrix, each aligned.
+struct PackedLayout {
+  static constexpr int64_t kPerBlock = 4;  // qkv, proj, fc1, fc2
+  Linear patch, last;
+  int64_t positions;  // (tokens, padded(hidden)): the position plus the patch bias
+  std::vector<Linear> blocks;
+  int64_t floats = 16;
+
+  explicit PackedLayout(const Dit& d) {
+    patch = linear(d.hidden, d.patch_size());
+    positions = take(d.tokens() * padded(d.hidden));
+    for (int64_t i = 0; i < d.depth; ++i) {
+      blocks.push_back(linear(3 * d.hidden, d.hidden));
+      blocks.push_back(linear(d.hidden, d.hidden));
+      blocks.push_back(linear(d.mlp, d.hidden));
+      blocks.push_back(linear(d.hidden, d.mlp));
+    }
+    last = linear(d.pixels(), d.hidden);
+  }
+
+ private:
+  int64_t take(int64_t count) {
+    const int64_t at = floats;
+    floats += (count + 15) / 16 * 16;
+    return at;
+  }
+  Linear linear(int64_t rows, int64_t depth) {
+    const int64_t weight = take(padded(rows) * depth);
+    return {weight, take(padded(rows)), rows, depth};
+  }
+};
+
+// The activations: the residual stream, its normalisation (then attention's output), and what is
+// wide: qkv, the MLP's hidden rows, the patches, the pixels.
+struct Workspace {
+  int64_t modulations, stream, normed, wide, wide_stride, floats;
+
+  Workspace(const Dit& d, int64_t batch) {
+    const int64_t rows = batch * d.tokens(), narrow = rows * row_stride(d.hidden);
+    wide_stride = row_stride(std::max({3 * d.hidden, d.mlp, d.patch_size(), d.pixels()}));
+    modulations = 0;
+    stream = batch * (6 * d.depth + 2) * padded(d.hidden);
+    normed = stream + narrow;
+    wide = normed + narrow;
+    floats = wide + rows * wide_stride + 16;
+  }
+};
+
+}  // namespace fastdit

@@ -1,0 +1,49 @@
+// Packing the weights of a DiT for the native forward: once, as panels of the instruction set.
+#include <cstring>
+
+#include "cpu/forward_shared.h"
+
+namespace fastdit {
+namespace {
+
+void pack(const Linear& l, const Tensor& weight, const Tensor& bias, float* memory) {
+  const float* from = floats_of(weight, {l.rows, l.depth}, "weight");
+  const Pack p{from, l.rows, l.depth, memory + l.weight};
+  shared(padded(l.rows) / panel(), double(l.rows) * l.depth,
+         [&](int64_t begin, int64_t end) { pack_panels(p, begin, end); });
+  float* to = memory + l.bias;
+  std::memcpy(to, floats_of(bias, {l.rows}, "bias"), l.rows * sizeof(float));
+  std::fill(to + l.rows, to + padded(l.rows), 0.f);
+}
+
+// `parameters`: patch weight (D, K) and bias, positions (N, D), each block's four Linears, the last.
+Tensor forward_pack(std::vector<Tensor> parameters, std::vector<int64_t> numbers) {
+  const Dit d = dit_of(numbers);
+  const PackedLayout layout(d);
+  STD_TORCH_CHECK(parameters.size() == 2 * layout.blocks.size() + 5, "parameters: wrong length");
+  Tensor packed = empty({layout.floats}, ScalarType::Float);
+  float* memory = static_cast<float*>(packed.data_ptr());
+  std::fill(memory, memory + 16, float(panel()));
+  pack(layout.patch, parameters[0], parameters[1], memory);
+  const float* bias = floats_of(parameters[1], {d.hidden}, "bias");
+  const float* positions = floats_of(parameters[2], {d.tokens(), d.hidden}, "positions");
+  for (int64_t n = 0; n < d.tokens(); ++n) {
+    float* row = memory + layout.positions + n * padded(d.hidden);
+    for (int64_t i = 0; i < d.hidden; ++i) row[i] = positions[n * d.hidden + i] + bias[i];
+    std::fill(row + d.hidden, row + padded(d.hidden), 0.f);
+  }
+  size_t at = 3;
+  for (const Linear& l : layout.blocks) pack(l, parameters[at], parameters[at + 1], memory), at += 2;
+  pack(layout.last, parameters[at], parameters[at + 1], memory);
+  return packed;
+}
+
+}  // namespace
+}  // namespace fastdit
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastdit_native, m) {
+  m.def("forward_pack(Tensor[] parameters, int[] dit) -> Tensor");
+}
+STABLE_TORCH_LIBRARY_IMPL(fastdit_native, CPU, m) {
+  m.impl("forward_pack", TORCH_BOX(&fastdit::forward_pack));
+}

@@ -1,0 +1,48 @@
+// What the ops of the native forward share: threads, checks, and the numbers of a DiT.
+#pragma once
+
+#include <vector>
+
+#include "cpu/forward_layout.h"
+#include "cpu/parallel.h"
+#include "cpu/tensors.h"
+
+namespace fastdit {
+
+inline int64_t threads() { return torch::stable::get_num_threads(); }
+
+// f(begin, end) over `count` items on as many threads as there are, if the work is worth them.
+template <class F>
+void shared(int64_t count, double work, const F& f) {
+  constexpr double kWorth = 2e4;  // multiplications: 1 µs, half of what waking a thread takes
+  if (count <= 0) return;
+  if (count == 1 || work < kWorth || threads() == 1) return f(int64_t{0}, count);
+  torch::stable::parallel_for(0, count, 1, f);
+}
+
+inline int64_t panel() {
+  int64_t width;
+  panel_width(width);
+  return width;
+}
+
+inline const float* floats_of(const Tensor& t, std::initializer_list<int64_t> shape,
+                              const char* name) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.is_cpu() && t.is_contiguous(), name,
+                  ": must be a contiguous float32 CPU tensor");
+  check_shape(t, shape, name);
+  return static_cast<const float*>(t.data_ptr());
+}
+
+inline Dit dit_of(const std::vector<int64_t>& numbers) {
+  STD_TORCH_CHECK(int64_t(numbers.size()) == Dit::kNumbers, "dit: wrong length");
+  Dit d{numbers[0], numbers[1], numbers[2], numbers[3], numbers[4],
+        numbers[5], numbers[6], numbers[7], numbers[8], numbers[9]};
+  for (size_t i = 0; i < numbers.size(); ++i)
+    STD_TORCH_CHECK(numbers[i] > 0 || (i == 6 && numbers[i] == 0), "dit: got ", numbers[i]);
+  STD_TORCH_CHECK(d.height % d.patch_rows == 0 && d.width % d.patch_columns == 0, "dit: patch");
+  STD_TORCH_CHECK(d.hidden % d.heads == 0, "dit: heads");
+  return d;
+}
+
+}  // namespace fastdit

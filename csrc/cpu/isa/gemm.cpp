@@ -1,0 +1,98 @@
+// C = epilogue(A·B + bias) with B packed.
+//
+// B is walked in blocks of kGroup panels and at most kDepth of the depth (300 KB with AVX-512),
+// which stay in the second-level cache while all rows pass; a tile of A and its kDepth numbers
+// (21 KB) stay in the first while the panels of a group pass. Each element is the sum of its blocks'
+// sums: a chain is never longer than kDepth, which is what keeps the error at MKL's.
+#include "cpu/isa/gemm.h"
+
+#include "cpu/isa/gelu.h"
+
+namespace fastdit::FASTDIT_ISA {
+namespace {
+
+constexpr int64_t kDepth = 384, kGroup = 6, kTileFloats = int64_t(kTile) * kPanel;
+constexpr int64_t kMostRows = 4096;  // whose partial sums lie in scratch memory
+
+int64_t blocks_of(int64_t depth) { return depth ? (depth + kDepth - 1) / kDepth : 1; }
+
+template <Epilogue kind>
+INLINE void finish_rows(const Gemm& g, int64_t first, int64_t rows, int64_t column,
+                        const float* tile) {
+  for (int64_t r = first; r < first + rows; ++r, tile += kPanel) {
+    float* c = g.c + r * g.c_stride + column;
+    const float* row = nullptr;
+    if constexpr (kind == Epilogue::gate) row = g.row + r / g.tokens * g.row_step + column;
+    if constexpr (kind == Epilogue::add) row = g.row + r % g.tokens * g.row_step + column;
+#pragma GCC unroll 2
+    for (int d = 0; d < kPanel; d += L) {
+      Vec v = load(tile + d, Full{});
+      if (g.bias) v += load(g.bias + column + d, Full{});
+      if constexpr (kind == Epilogue::gelu) v = gelu<false>(v);
+      if constexpr (kind == Epilogue::gate)
+        v = muladd(load(row + d, Full{}), v, load(c + d, Full{}));
+      if constexpr (kind == Epilogue::add) v += load(row + d, Full{});
+      store(c + d, v, Full{});
+    }
+  }
+}
+
+INLINE void finish(const Gemm& g, int64_t first, int64_t rows, int64_t column, const float* tile) {
+  switch (g.epilogue) {
+    case Epilogue::plain: return finish_rows<Epilogue::plain>(g, first, rows, column, tile);
+    case Epilogue::gelu: return finish_rows<Epilogue::gelu>(g, first, rows, column, tile);
+    case Epilogue::gate: return finish_rows<Epilogue::gate>(g, first, rows, column, tile);
+    case Epilogue::add: return finish_rows<Epilogue::add>(g, first, rows, column, tile);
+  }
+}
+
+// One group of panels, all blocks of the depth, rows [row, row_end).
+void group_product(const Gemm& g, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end,
+                   float* scratch) {
+  const int64_t blocks = blocks_of(g.depth);
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t k = g.depth * block / blocks, depth = g.depth * (block + 1) / blocks - k;
+    float* sums = scratch;
+    for_tiles(row, row_end, [&](int64_t first, int64_t rows) {
+      for (int64_t p = panel; p < panel_end; ++p) {
+        any_tile<2>(int(rows), g.a + first * g.a_stride + k, g.a_stride,
+                    g.b + (p * g.depth + k) * kPanel, depth, sums, block > 0);
+        if (block == blocks - 1) finish(g, first, rows, p * kPanel, sums);
+        if (blocks > 1) sums += rows * kPanel;
+      }
+    });
+  }
+}
+
+}  // namespace
+
+void panel_width(int64_t& width) { width = kPanel; }
+
+void gemm_scratch(const Gemm& g, int64_t& floats) {
+  const int64_t rows = g.rows < kMostRows ? g.rows : kMostRows;
+  floats = blocks_of(g.depth) > 1 ? rows * kGroup * kPanel : kTileFloats;
+}
+
+// Rows [row, row_end) of C in panels [panel, panel_end).
+void gemm_block(const Gemm& g, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end,
+                float* scratch) {
+  for (; row < row_end; row += kMostRows) {
+    const int64_t stop = row + kMostRows < row_end ? row + kMostRows : row_end;
+    for (int64_t p = panel; p < panel_end; p += kGroup)
+      group_product(g, row, stop, p, p + kGroup < panel_end ? p + kGroup : panel_end, scratch);
+  }
+}
+
+void pack_panels(const Pack& p, int64_t begin, int64_t end) {
+  for (int64_t panel = begin; panel < end; ++panel) {
+    float* to = p.to + panel * p.depth * kPanel;
+    for (int64_t k0 = 0; k0 < p.depth; k0 += 16)  // a cache line of each row at a time
+      for (int column = 0; column < kPanel; ++column) {
+        const int64_t row = panel * kPanel + column, stop = k0 + 16 < p.depth ? k0 + 16 : p.depth;
+        for (int64_t k = k0; k < stop; ++k)
+          to[k * kPanel + column] = row < p.rows ? p.weight[row * p.depth + k] : 0;
+      }
+  }
+}
+
+}  // namespace fastdit::FASTDIT_ISA

@@ -1,0 +1,79 @@
+// The micro-kernel of the native forward: a tile of R rows times a panel of V vectors, held in
+// registers over the whole depth.
+//
+// Each step loads V vectors of B and broadcasts R numbers of A for R·V fused multiply-adds. AVX-512
+// has 32 registers: 14 rows of 2 vectors, 2 of B and a number. AVX2 has 16: 6 rows. A tile of fewer
+// rows computes each element in the same order.
+#pragma once
+
+#include "cpu/forward.h"
+#include "cpu/isa/vec.h"
+
+namespace fastdit::FASTDIT_ISA {
+
+#if defined(__AVX512F__) && FASTDIT_LANES == 16
+constexpr int kTile = 14;
+#else
+constexpr int kTile = 6;
+#endif
+constexpr int kPanel = 2 * L;
+static_assert(kWidest % kPanel == 0);
+
+// One number from memory in all lanes. GCC makes of `all` an addition and a shuffle, which take the
+// ports of the fused multiply-adds.
+INLINE Vec broadcast(const float* from) {
+#if defined(__AVX512F__) && FASTDIT_LANES == 16
+  return (Vec)_mm512_set1_ps(*from);
+#elif defined(__AVX2__) && FASTDIT_LANES == 8
+  return (Vec)_mm256_broadcast_ss(from);
+#else
+  Vec value;
+  for (int i = 0; i < L; ++i) value[i] = *from;
+  return value;
+#endif
+}
+
+// to[r][v] (+)= Σ_k a[r][k]·b[k][v], k in order from 0; `to` has rows of kPanel.
+template <int R, int V>
+NOINLINE void tile_product(const float* a, int64_t a_stride, const float* b, int64_t depth,
+                           float* to, bool add) {
+  Vec sums[R][V] = {};
+  for (int64_t k = 0; k < depth; ++k, b += V * L) {
+    Vec row[V];
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) row[v] = load(b + v * L, Full{});
+#pragma GCC unroll 14
+    for (int r = 0; r < R; ++r) {
+      const Vec number = broadcast(a + r * a_stride + k);
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) sums[r][v] = muladd(number, row[v], sums[r][v]);
+    }
+  }
+#pragma GCC unroll 14
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) {
+      float* at = to + r * kPanel + v * L;
+      store(at, add ? sums[r][v] + load(at, Full{}) : sums[r][v], Full{});
+    }
+}
+
+// The same for `rows` up to kTile.
+template <int V, int R = kTile>
+INLINE void any_tile(int rows, const float* a, int64_t a_stride, const float* b, int64_t depth,
+                     float* to, bool add) {
+  if (rows == R) return tile_product<R, V>(a, a_stride, b, depth, to, add);
+  if constexpr (R > 1) any_tile<V, R - 1>(rows, a, a_stride, b, depth, to, add);
+}
+
+// f(begin, count) over tiles of nearly equal height.
+template <class F>
+INLINE void for_tiles(int64_t begin, int64_t end, F f) {
+  const int64_t rows = end - begin, tiles = (rows + kTile - 1) / kTile;
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t first = begin + rows * t / tiles;
+    f(first, begin + rows * (t + 1) / tiles - first);
+  }
+}
+
+}  // namespace fastdit::FASTDIT_ISA
