@@ -33,7 +33,9 @@ def both(model, labels=LABELS, seed=None, **options):
     results = []
     for graph in (True, False):
         torch.manual_seed(4)
-        sampler = Sampler(model, graph=graph, cfg_scale=2.0, clip_denoised=True, **options)
+        sampler = Sampler(
+            model, native=False, graph=graph, cfg_scale=2.0, clip_denoised=True, **options
+        )
         results.append(sampler(labels, seed=seed))
     return results
 
@@ -61,8 +63,8 @@ def test_replayed_steps_give_the_eager_samples(model, options, seed):
 
 def test_a_graph_serves_other_labels_seeds_and_values(model):
     changing = copy.deepcopy(model)
-    sampler = Sampler(changing, steps=3)
-    eager = Sampler(changing, steps=3, graph=False)
+    sampler = Sampler(changing, native=False, steps=3)
+    eager = Sampler(changing, native=False, steps=3, graph=False)
     for labels, seed in ((LABELS, 0), ([5, 5, 6, 7], 9)):
         assert (sampler(labels, seed=seed) - eager(labels, seed=seed)).abs().max() <= 1e-5
     with torch.no_grad():
@@ -74,7 +76,7 @@ def test_a_graph_serves_other_labels_seeds_and_values(model):
 
 def test_it_is_captured_again_where_it_must_be(model):
     changing = copy.deepcopy(model)
-    sampler = Sampler(changing, steps=2)
+    sampler = Sampler(changing, native=False, steps=2)
     sampler(LABELS, seed=0)
     sampler(LABELS[:2], seed=0)  # another shape
     assert len(CUDAGraph.made) == 2
@@ -85,7 +87,7 @@ def test_it_is_captured_again_where_it_must_be(model):
     changing.load_state_dict(copy.deepcopy(changing.state_dict()), assign=True)
     moved = sampler(LABELS, seed=0)  # other storage
     assert len(CUDAGraph.made) == 4
-    assert torch.equal(moved, Sampler(changing, steps=2, graph=False)(LABELS, seed=0))
+    assert torch.equal(moved, Sampler(changing, native=False, steps=2, graph=False)(LABELS, seed=0))
     assert sampler._captures._runs.keys() == {*list(sampler._captures._runs)[-1:]}
     changing.bfloat16()
     assert sampler(LABELS, seed=0).dtype == torch.bfloat16
@@ -97,7 +99,7 @@ def test_previews_and_the_generator_are_those_of_eager_steps(model):
     after = []
     for graph, previews in seen.items():
         torch.manual_seed(2)
-        Sampler(model, steps=4, graph=graph)(LABELS, callback=previews.append)
+        Sampler(model, native=False, steps=4, graph=graph)(LABELS, callback=previews.append)
         after.append(torch.rand(()))
     assert after[0] == after[1]
     for replayed, eager in zip(seen[True], seen[False], strict=True):
@@ -106,7 +108,7 @@ def test_previews_and_the_generator_are_those_of_eager_steps(model):
 
 
 def test_warming_up_is_on_a_stream_of_its_own_that_is_waited_for(model):
-    Sampler(model, steps=2)(LABELS, seed=0)
+    Sampler(model, native=False, steps=2)(LABELS, seed=0)
     (side, main), (waiting, waited_for) = Stream.waits
     assert side is waited_for
     assert main is waiting
@@ -114,5 +116,5 @@ def test_warming_up_is_on_a_stream_of_its_own_that_is_waited_for(model):
 
 
 def test_off_is_off(model):
-    Sampler(model, steps=2, graph=False)(LABELS, seed=0)
+    Sampler(model, native=False, steps=2, graph=False)(LABELS, seed=0)
     assert not CUDAGraph.made

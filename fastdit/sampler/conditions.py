@@ -40,7 +40,7 @@ class Conditions:
         return None if self.y is None else self.y.index_select(0, places)
 
 
-def _given(model: DiT, classes: Classes) -> tuple[Tensor | None, int]:
+def given_conditions(model: DiT, classes: Classes) -> tuple[Tensor | None, int]:
     """The y of every sample, checked, and how many there are."""
     if model.y_embedder is None:
         if not isinstance(classes, int) or isinstance(classes, bool) or classes < 1:
@@ -75,7 +75,7 @@ def conditions(
     Raises:
         ValueError: conditions that the model does not have.
     """
-    given, samples = _given(model, classes)
+    given, samples = given_conditions(model, classes)
     if given is None:
         return Conditions(None, torch.zeros(samples, dtype=torch.int64, device=device), 1)
     distinct, places = given.to(device).unique(dim=0, return_inverse=True)

@@ -21,17 +21,18 @@ import torch
 from torch import Tensor
 
 from fastdit import ops
-from fastdit.diffusion import SPACINGS, GaussianDiffusion, create_diffusion
+from fastdit.diffusion import GaussianDiffusion
+from fastdit.flow import Transport
 from fastdit.model import DiT
 from fastdit.ops._checks import fail
 from fastdit.reference import TABLE_COLUMNS
-from fastdit.sampler import graphs
+from fastdit.sampler import graphs, options
 from fastdit.sampler.conditioning import Conditioning
 from fastdit.sampler.conditions import Classes, Conditions, conditions
-from fastdit.sampler.denoiser import denoiser
+from fastdit.sampler.denoiser import Denoiser, denoiser
 from fastdit.sampler.graphs import CapturedRun, Captures
 from fastdit.sampler.noise import sample_seeds
-from fastdit.sampler.plan import DIFFUSION_SOLVERS, Plan, diffusion_plan
+from fastdit.sampler.plan import Plan
 from fastdit.sampler.run import Recipe, Run
 
 GIBIBYTE = 2**30
@@ -62,19 +63,23 @@ class Sampler:
     Args:
         model: in eval mode; samples are made on its device, in its dtype. Its parameters may change
             between calls, and move.
-        solver: `"ddpm"` (ancestral, the default), `"ddim"` or `"dpm++"` (DPM-Solver++).
-        steps: evaluations of the model (default 250).
+        quality: `"fast"`, `"balanced"` or `"reference"`: the solver, steps, spacing and guidance
+            interval of `fastdit.sampler.presets`, where these are not given.
+        solver: `"ddpm"` (ancestral, the default), `"ddim"` or `"dpm++"` (DPM-Solver++); with a
+            transport `"euler"` or `"heun"` (the default).
+        steps: of the solver (default 250). Each is one evaluation of the model, two with Heun.
         spacing: of the timesteps: `"uniform"` (the published, the default), `"logsnr"` or
             `"karras"`; see `fastdit.diffusion.spacing`.
         diffusion: the schedule to follow, from `fastdit.create_diffusion`; instead of `steps` and
             `spacing`.
+        transport: of a model trained by flow matching, from `fastdit.create_transport`.
         eta: DDIM's noise; 0 is deterministic.
         order: of DPM-Solver++, 1 or 2 (2M).
         cfg_scale: classifier-free guidance; 1 is none.
         guided_channels: how many of the output's first channels are guided; None guides at most 3,
             as published.
-        guidance_interval: guide only where the timestep lies in `(low, high)`, ends included. The
-            other steps run the model on B rows instead of 2B.
+        guidance_interval: guide only where the timestep (a flow's time, 0 to 1) lies in
+            `(low, high)`, ends included. The other steps run the model on B rows instead of 2B.
         clip_denoised: clamp each predicted x0 to [−1, 1]; for models of pixels.
         chunk: samples at a time; a larger call is cut into equal chunks. None takes all at once.
         conditioning_budget: bytes for the conditioning rows computed ahead; 0 leaves them to the
@@ -91,10 +96,12 @@ class Sampler:
         self,
         model: DiT,
         *,
+        quality: str | None = None,
         solver: str | None = None,
         steps: int | None = None,
         spacing: str | None = None,
         diffusion: GaussianDiffusion | None = None,
+        transport: Transport | None = None,
         eta: float = 0.0,
         order: int = 2,
         cfg_scale: float = 4.0,
@@ -108,20 +115,29 @@ class Sampler:
         quantize: str | None = None,
     ) -> None:
         self.model = model
-        self.guided_channels = _guided_channels(model, cfg_scale, guided_channels)
-        self.cfg_scale = cfg_scale
-        interval = _interval(guidance_interval)
-        diffusion = _schedule(model, diffusion, steps, spacing)
-        plan = diffusion_plan(diffusion, solver or DIFFUSION_SOLVERS[0], eta, order)
-        if cfg_scale != 1 and self.guided_channels:
-            plan = plan.with_guidance(cfg_scale, interval)
-        self.plan: Plan = plan
+        self.guided_channels = options.guided_channels(model, cfg_scale, guided_channels)
+        self.plan: Plan = options.plan_of(
+            model,
+            quality=quality,
+            solver=solver,
+            steps=steps,
+            spacing=spacing,
+            diffusion=diffusion,
+            transport=transport,
+            eta=eta,
+            order=order,
+            guidance=(cfg_scale, self.guided_channels),
+            interval=guidance_interval,
+        )
+        if transport is not None and clip_denoised:
+            fail("clip_denoised", clip_denoised, "False with a transport")
         self.clip = 1.0 if clip_denoised else None
-        self.chunk = _positive("chunk", chunk)
-        self.conditioning_budget = _budget(conditioning_budget)
+        self.chunk = options.positive("chunk", chunk)
+        self.conditioning_budget = options.budget(conditioning_budget)
         self.graph, self.native, self.quantize = graph, native, quantize
         self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self._captures = Captures()
+        self._denoise: Denoiser | None = None
 
     def __call__(
         self,
@@ -172,6 +188,23 @@ class Sampler:
             if self.plan.ends[step]:
                 yield self._preview(part, step, run, x)
 
+    def start_noise(self, count: int, seeds: Tensor | None = None) -> Tensor:
+        """`(count, C, H, W)`, what a run of so many samples starts from.
+
+        Args:
+            count: samples.
+            seeds: `(count,)` int64 on the model's device, each sample's own; None draws from
+                torch's generator as the published script does.
+        """
+        parameter = next(self.model.parameters())
+        shape = (count, self.model.in_channels, *self.model.input_size)
+        if seeds is None:
+            return torch.randn(shape, device=parameter.device).to(parameter.dtype)
+        nothing = parameter.new_zeros(shape)
+        table, _times = self._on(parameter.device)
+        with torch.no_grad():
+            return ops.diffusion_step(nothing, nothing, table, len(self.plan), seed=seeds)[0]
+
     # ---- a call ------------------------------------------------------------------------------
 
     def _advance(
@@ -198,7 +231,7 @@ class Sampler:
             fail("noise", f"{tuple(noise.shape)} on {noise.device}", f"(B, *{shape}) on {device}")
         table, times = self._on(device)
         recipe = Recipe(
-            denoiser(self.model, self.native, self.quantize),
+            self._denoiser(),
             self.plan,
             table,
             times,
@@ -211,8 +244,10 @@ class Sampler:
         for part in self._chunks(count):
             own = None if seeds is None else seeds[part]
             with torch.no_grad():
-                x = self._start(recipe, own, (part.stop - part.start, *shape), dtype, device)
-                x = x if noise is None else noise[part].to(dtype)
+                if noise is None:
+                    x = self.start_noise(part.stop - part.start, own)
+                else:
+                    x = noise[part].to(dtype)
                 chunk = (x.contiguous(), replace(given, places=given.places[part]), own)
                 run, mover = self._begin(recipe, chunk, conditioning, captured)
             for step in range(len(self.plan)):
@@ -221,6 +256,14 @@ class Sampler:
                     run.hold(conditioning, step)
                     mover.advance(step)
                 yield part, step, run, before
+
+    def _denoiser(self) -> Denoiser:
+        """What the steps call. A native forward packs the weights once, and again when they change;
+        whether it can run is asked anew for each call of a model that moves."""
+        if self._denoise is None or self._denoise is self.model:
+            with torch.no_grad():
+                self._denoise = denoiser(self.model, self.native, self.quantize)
+        return self._denoise
 
     def _begin(
         self, recipe: Recipe, chunk: tuple, conditioning: Conditioning | None, captured: bool
@@ -254,20 +297,6 @@ class Sampler:
             return None
         found.fill(0)
         return found
-
-    def _start(
-        self,
-        recipe: Recipe,
-        seeds: Tensor | None,
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> Tensor:
-        """The noise to start from: from the seeds, or as the published script draws it."""
-        if seeds is None:
-            return torch.randn(shape, device=device).to(dtype)
-        nothing = torch.zeros(shape, dtype=dtype, device=device)
-        return ops.diffusion_step(nothing, nothing, recipe.table, len(self.plan), seed=seeds)[0]
 
     def _preview(self, part: slice, step: int, run: Run, before: Tensor | None) -> Preview:
         x0 = run.q.clone() if before is None else run.q * self.plan.data[step, 1]
@@ -314,52 +343,3 @@ def _bar(progress: bool, total: int) -> Iterator[Callable[[], Any]]:
 
     with tqdm(total=total) as bar:
         yield bar.update
-
-
-def _schedule(
-    model: DiT, diffusion: GaussianDiffusion | None, steps: int | None, spacing: str | None
-) -> GaussianDiffusion:
-    if diffusion is not None:
-        for name, value in (("steps", steps), ("spacing", spacing)):
-            if value is not None:
-                fail(name, repr(value), "None beside a diffusion, which has its own")
-        if diffusion.learns_variance != model.learn_sigma:
-            allowed = f"one whose learn_sigma is the model's, {model.learn_sigma}"
-            fail("diffusion", f"one with learn_sigma {diffusion.learns_variance}", allowed)
-        return diffusion
-    spacing = "uniform" if spacing is None else spacing
-    if spacing not in SPACINGS:
-        fail("spacing", repr(spacing), ", ".join(map(repr, SPACINGS)))
-    steps = _positive("steps", 250 if steps is None else steps)
-    prefix = "" if spacing == "uniform" else spacing
-    return create_diffusion(f"{prefix}{steps}", learn_sigma=model.learn_sigma)
-
-
-def _guided_channels(model: DiT, cfg_scale: float, channels: int | None) -> int:
-    if cfg_scale != 1 and not model.guidable:
-        fail("cfg_scale", cfg_scale, "1 for a model without a null class")
-    if channels is None:
-        return min(3, model.in_channels)
-    if not isinstance(channels, int) or not 0 <= channels <= model.out_channels:
-        fail("guided_channels", channels, f"an int from 0 to {model.out_channels}")
-    return channels
-
-
-def _interval(interval: Any) -> tuple[float, float] | None:
-    if interval is None:
-        return None
-    if len(interval) != 2 or not interval[0] <= interval[1]:
-        fail("guidance_interval", interval, "two times, the lower first")
-    return float(interval[0]), float(interval[1])
-
-
-def _positive(name: str, value: Any) -> Any:
-    if value is not None and (type(value) is not int or value < 1):
-        fail(name, repr(value), "an int >= 1")
-    return value
-
-
-def _budget(value: Any) -> int:
-    if type(value) is not int or value < 0:
-        fail("conditioning_budget", repr(value), "an int >= 0, in bytes")
-    return value
