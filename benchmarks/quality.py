@@ -129,6 +129,8 @@ def preset(row: dict) -> str | None:
     from fastdit.sampler.presets import PRESETS
 
     wanted = {name: value for name, value in options(row).items() if value != "uniform"}
+    if "guidance_interval" in wanted:
+        wanted["guidance_interval"] = tuple(wanted["guidance_interval"])
     return next((name for name, given in PRESETS.items() if given == wanted), None)
 
 

@@ -8,7 +8,8 @@ from fastdit.diffusion import SPACINGS, GaussianDiffusion, create_diffusion
 from fastdit.flow import Transport
 from fastdit.model import DiT
 from fastdit.ops._checks import fail
-from fastdit.sampler.plan import FLOW_SOLVERS, Plan, diffusion_plan, flow_plan
+from fastdit.sampler.flow import flow_plan
+from fastdit.sampler.plan import Plan, diffusion_plan
 from fastdit.sampler.presets import preset
 
 
@@ -23,6 +24,7 @@ def plan_of(
     transport: Transport | None,
     eta: float,
     order: int,
+    clip_denoised: bool,
     guidance: tuple[float, int],
     interval: Any,
 ) -> Plan:
@@ -37,11 +39,8 @@ def plan_of(
         spacing = chosen.get("spacing") if spacing is None else spacing
         interval = chosen.get("guidance_interval") if interval is None else interval
     if transport is not None:
-        for name, value in (("spacing", spacing), ("diffusion", diffusion)):
-            if value is not None:
-                fail(name, repr(value), "None beside a transport")
-        steps = positive("steps", 250 if steps is None else steps)
-        plan = flow_plan(transport, solver or FLOW_SOLVERS[-1], steps)
+        _no_diffusion(spacing=spacing, diffusion=diffusion, eta=eta, clip_denoised=clip_denoised)
+        plan = flow_plan(transport, solver, steps)
     else:
         schedule = _schedule(model, diffusion, steps, spacing)
         plan = diffusion_plan(schedule, solver or "ddpm", eta, order)
@@ -54,6 +53,13 @@ def plan_of(
         low, high = (end * transport.time_scale for end in interval)
         interval = low - slack * transport.time_scale, high + slack * transport.time_scale
     return plan.with_guidance(scale, interval)
+
+
+def _no_diffusion(**options: Any) -> None:
+    """A flow has none of these: each is None, 0 or False."""
+    for name, value in options.items():
+        if value:
+            fail(name, repr(value), "none with a transport")
 
 
 def _schedule(

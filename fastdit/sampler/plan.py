@@ -14,14 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from fastdit.diffusion import GaussianDiffusion, tables
-from fastdit.flow import Sampler as FlowSampler
-from fastdit.flow import Transport
 from fastdit.ops._checks import fail
 from fastdit.reference import TABLE_COLUMNS
 
 GUIDANCE = TABLE_COLUMNS.index("guidance")
 DIFFUSION_SOLVERS = ("ddpm", "ddim", "dpm++")
-FLOW_SOLVERS = ("euler", "heun")
 
 
 @dataclass(frozen=True)
@@ -108,27 +105,4 @@ def diffusion_plan(
         draws=solver != "dpm++",
         noisy=solver == "ddpm" or eta != 0,
         learned_range=solver == "ddpm" and diffusion.learns_variance,
-    )
-
-
-def flow_plan(transport: Transport, solver: str, steps: int) -> Plan:
-    """Every evaluation of a flow's ODE from noise to data.
-
-    Args:
-        transport: what the model was trained with.
-        solver: `"euler"`, one evaluation a step, or `"heun"`, two.
-        steps: intervals of time; the published `num_steps` is the number of their ends, one more.
-
-    Raises:
-        ValueError: an unknown solver.
-    """
-    if solver not in FLOW_SOLVERS:
-        fail("solver", repr(solver), f"{', '.join(map(repr, FLOW_SOLVERS))} with a transport")
-    rows = FlowSampler(transport).ode_plan(solver, steps + 1)
-    return Plan(
-        times=rows.times.numpy() * transport.time_scale,
-        table=rows.table.numpy(),
-        multistep=any(rows.corrects),
-        ends=rows.ends,
-        data=rows.data.numpy(),
     )

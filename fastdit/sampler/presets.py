@@ -4,7 +4,7 @@ The table is of the digits model that ships with fastdit (`python benchmarks/qua
 of samples that a classifier recognises, and the Frechet distance of their pixels to real ones,
 against evaluations of the model. `reference` is the published sampler. `fast` has the fewest
 evaluations of those that are no farther from the real digits than it and recognised within half a
-point of it. `balanced` is the nearest to the real digits of those recognised within a point.
+point of it. `balanced` is the nearest to the real digits of those within three quarters of a point.
 """
 
 from __future__ import annotations

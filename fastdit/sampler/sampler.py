@@ -66,13 +66,12 @@ class Sampler:
         quality: `"fast"`, `"balanced"` or `"reference"`: the solver, steps, spacing and guidance
             interval of `fastdit.sampler.presets`, where these are not given.
         solver: `"ddpm"` (ancestral, the default), `"ddim"` or `"dpm++"` (DPM-Solver++); with a
-            transport `"euler"` or `"heun"` (the default).
+            transport see `fastdit.sampler.flow`.
         steps: of the solver (default 250). Each is one evaluation of the model, two with Heun.
         spacing: of the timesteps: `"uniform"` (the published, the default), `"logsnr"` or
             `"karras"`; see `fastdit.diffusion.spacing`.
         diffusion: the schedule to follow, from `fastdit.create_diffusion`; instead of `steps` and
             `spacing`.
-        transport: of a model trained by flow matching, from `fastdit.create_transport`.
         eta: DDIM's noise; 0 is deterministic.
         order: of DPM-Solver++, 1 or 2 (2M).
         cfg_scale: classifier-free guidance; 1 is none.
@@ -81,6 +80,8 @@ class Sampler:
         guidance_interval: guide only where the timestep (a flow's time, 0 to 1) lies in
             `(low, high)`, ends included. The other steps run the model on B rows instead of 2B.
         clip_denoised: clamp each predicted x0 to [−1, 1]; for models of pixels.
+        transport: of a model trained by flow matching; its guidance interval is in [0, 1], noise
+            to data. It has no `spacing`, `diffusion`, `eta`, `order` or `clip_denoised`.
         chunk: samples at a time; a larger call is cut into equal chunks. None takes all at once.
         conditioning_budget: bytes for the conditioning rows computed ahead; 0 leaves them to the
             model in every step.
@@ -126,11 +127,10 @@ class Sampler:
             transport=transport,
             eta=eta,
             order=order,
+            clip_denoised=clip_denoised,
             guidance=(cfg_scale, self.guided_channels),
             interval=guidance_interval,
         )
-        if transport is not None and clip_denoised:
-            fail("clip_denoised", clip_denoised, "False with a transport")
         self.clip = 1.0 if clip_denoised else None
         self.chunk = options.positive("chunk", chunk)
         self.conditioning_budget = options.budget(conditioning_budget)
