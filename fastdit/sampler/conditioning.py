@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.profiler import record_function
 
 from fastdit.sampler.conditions import Conditions
 
@@ -64,7 +65,8 @@ class Conditioning:
         times = self.times[step : step + self.steps]
         count, each = len(times), self.conditions.count
         t, y = times.repeat_interleave(each), self.conditions.repeated(count)
-        rows = self.model.conditioning(t, y).view(count, each, -1)
+        with record_function("conditioning"):  # for `fastdit.profiling`
+            rows = self.model.conditioning(t, y).view(count, each, -1)
         if self.table.numel():
             self.table[:count].copy_(rows)
         else:
