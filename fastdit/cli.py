@@ -17,6 +17,7 @@ COMMANDS = {
     "profile": "fastdit.commands.profile",
     "build": "fastdit.commands.build",
     "doctor": "fastdit.commands.doctor",
+    "bench": "fastdit.commands.bench",
     "gpu-proof": "fastdit.commands.gpu_proof",
 }
 """Each sub-command and the module with its `SUMMARY`, `add_arguments` and `run`."""

@@ -7,6 +7,7 @@ published loop on eager PyTorch, in turns, so that both see the same machine.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from rich.table import Table
 from torch import Tensor
 
 from fastdit import backends, images
+from fastdit.checkpoint_files import atomic_write
 from fastdit.commands.sample import load, transport_of
 from fastdit.diffusion import create_diffusion
 from fastdit.flow import sampling as flow_sampling
@@ -46,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="default 0")
     add("--device", default=None, help="default: the accelerator, else the CPU")
     add("--rounds", type=int, default=3, help="timed rounds of each (default 3)")
+    add("--json", type=Path, help="also write the timing there")
 
 
 def published_loop(model: DiT, steps: int, options: dict) -> Tensor:
@@ -132,6 +135,23 @@ def flow_demo(model: DiT, args: argparse.Namespace) -> tuple[Tensor, str, dict, 
     return digits, f"{solver} {steps} steps", runs, short
 
 
+def record(device: str, steps: int, rates: dict[str, list[float]]) -> dict[str, Any]:
+    """The timing as plain data: images per second of both runs, and the ratio of the pairs."""
+    ours, eager = rates.values()
+    ratios = [a / b for a, b in zip(ours, eager, strict=True)]
+
+    def spread(values: list[float]) -> dict[str, float]:
+        return {"median": statistics.median(values), "least": min(values), "most": max(values)}
+
+    return {
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "steps": steps,
+        "images_per_second": {"auto": spread(ours), "reference": spread(eager)},
+        "ratio": spread(ratios),
+    }
+
+
 def run(args: argparse.Namespace) -> None:
     """Sample, write the picture, print what ran."""
     console = Console()
@@ -145,6 +165,9 @@ def run(args: argparse.Namespace) -> None:
     picture.save(args.out)
     console.print(f"wrote {args.out}: {how}")
     console.print(f"timing {args.rounds} rounds of {steps} steps each ...")
-    device = next(model.parameters()).device
-    title = f"100 digits, {steps} steps with guidance on {device.type}"
-    console.print(report(title, throughput(runs, args.rounds)))
+    device = next(model.parameters()).device.type
+    rates = throughput(runs, args.rounds)
+    console.print(report(f"100 digits, {steps} steps with guidance on {device}", rates))
+    if args.json is not None:
+        text = json.dumps(record(device, steps, rates), indent=1) + "\n"
+        atomic_write(args.json, lambda path: path.write_text(text))
