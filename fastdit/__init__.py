@@ -17,6 +17,7 @@ from fastdit._version import __version__
 from fastdit.backends import BackendError, backend, current_backend, explain
 from fastdit.designs import presets
 from fastdit.diffusion import create_diffusion
+from fastdit.flow import create_transport
 from fastdit.model import DiT, DiT_models
 from fastdit.sampler import Sampler
 from fastdit.sampling import sample
@@ -46,6 +47,7 @@ __all__ = [
     "__version__",
     "backend",
     "create_diffusion",
+    "create_transport",
     "current_backend",
     "explain",
     "load_model",

@@ -66,9 +66,10 @@ class Attention(nn.Module):
         qkv = self.qkv(x)
         if self.qk_norm is None and rope is None:
             return self.proj(ops.attention(qkv, self.num_heads))
-        return self.proj(ops.attention(qkv, self.num_heads, rope=rope, **self._qk_options()))
+        return self.proj(ops.attention(qkv, self.num_heads, rope=rope, **self.qk_options()))
 
-    def _qk_options(self) -> dict:
+    def qk_options(self) -> dict:
+        """QK-norm's arguments of the op."""
         if self.qk_norm is None:
             return {}
         return {

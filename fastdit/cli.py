@@ -12,6 +12,7 @@ COMMANDS = {
     "demo": "fastdit.commands.demo",
     "sample": "fastdit.commands.sample",
     "train": "fastdit.training",
+    "inspect": "fastdit.commands.inspect",
     "build": "fastdit.commands.build",
     "doctor": "fastdit.commands.doctor",
     "gpu-proof": "fastdit.commands.gpu_proof",

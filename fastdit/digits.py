@@ -1,7 +1,9 @@
-"""The digits model that ships with fastdit, and how good its digits are.
+"""The two digits models that ship with fastdit, and how good their digits are.
 
-    python -m fastdit.digits                 # recognise 500 samples with guidance, 500 without
-    fastdit train --data digits --out DIR    # train the same weights again
+    python -m fastdit.digits                     # recognise 500 samples with guidance, 500 without
+    python -m fastdit.digits --objective flow    # the same of the flow model
+    fastdit train --data digits --out DIR        # train the same weights again
+    fastdit train --data digits --objective flow --out DIR
 
 A support vector classifier that has only seen the real digits reads the samples. How often it
 reads the class that was asked for says whether the model has learnt the classes.
@@ -18,19 +20,23 @@ import torch
 from torch import Tensor
 
 from fastdit.data import load_digits
+from fastdit.flow import Transport, load_transport
 from fastdit.sampling import sample
 
-
-def weights_path() -> Path:
-    """The shipped weights: depth 3, width 96, patch 2, EMA."""
-    return Path(__file__).parent / "weights" / "digits.safetensors"
+WEIGHTS = {"diffusion": "digits.safetensors", "flow": "digits_flow.safetensors"}
 
 
-def load_digits_model(device: str = "cpu"):
-    """The shipped model, ready to sample."""
+def weights_path(objective: str = "diffusion") -> Path:
+    """The shipped weights of the diffusion or the flow: depth 3, width 96, patch 2, EMA."""
+    return Path(__file__).parent / "weights" / WEIGHTS[objective]
+
+
+def load_digits_model(device: str = "cpu", objective: str = "diffusion"):
+    """The shipped model, ready to sample. `fastdit.flow.load_transport(weights_path("flow"))` is
+    what the flow model was trained with."""
     from fastdit.checkpoint import load_model
 
-    return load_model(weights_path(), device=device)
+    return load_model(weights_path(objective), device=device)
 
 
 class Reader:
@@ -62,10 +68,19 @@ class Reader:
         return float((read == labels.cpu().numpy()).mean())
 
 
-def recognition(model, cfg_scale: float, count: int = 500, steps: int = 50, seed: int = 0) -> float:
+def recognition(
+    model,
+    cfg_scale: float,
+    count: int = 500,
+    steps: int = 50,
+    seed: int = 0,
+    transport: Transport | None = None,
+    solver: str | None = None,
+) -> float:
     """The share of `count` samples, equally many of each class, that the reader recognises.
 
-    DDIM with `steps` steps; guidance of the noise prediction only.
+    `solver` with `steps` steps: DDIM, or with a flow's transport Heun. Guides the noise or the
+    velocity only.
     """
     labels = torch.arange(10).repeat_interleave(count // 10)
     drawn = sample(
@@ -73,10 +88,11 @@ def recognition(model, cfg_scale: float, count: int = 500, steps: int = 50, seed
         labels,
         steps=steps,
         cfg_scale=cfg_scale,
-        solver="ddim",
+        solver=solver or ("ddim" if transport is None else "heun"),
         seed=seed,
         guided_channels=1,
-        clip_denoised=True,
+        clip_denoised=transport is None,
+        transport=transport,
     )
     return Reader().accuracy(drawn, labels)
 
@@ -84,16 +100,21 @@ def recognition(model, cfg_scale: float, count: int = 500, steps: int = 50, seed
 def main() -> None:
     """Print the figures as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--ckpt", default=str(weights_path()), help="default: the shipped weights")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--objective", choices=WEIGHTS, default="diffusion", help="shipped weights")
+    parser.add_argument("--ckpt", help="other weights; a flow's file says that it is one")
     parser.add_argument("--count", type=int, default=500, help="samples (default 500)")
-    parser.add_argument("--steps", type=int, default=50, help="DDIM steps (default 50)")
+    parser.add_argument("--steps", type=int, default=50, help="solver steps (default 50)")
+    parser.add_argument("--solver", help="default ddim, of a flow heun")
     parser.add_argument("--seed", type=int, default=0, help="default 0")
     args = parser.parse_args()
     from fastdit.checkpoint import load_model
 
-    model = load_model(args.ckpt)
-    options = {"count": args.count, "steps": args.steps, "seed": args.seed}
-    figures = {f"guidance {scale:g}": recognition(model, scale, **options) for scale in (1.0, 2.0)}
+    ckpt = args.ckpt or weights_path(args.objective)
+    model, transport = load_model(ckpt), load_transport(ckpt)
+    options = {"count": args.count, "steps": args.steps, "seed": args.seed, "solver": args.solver}
+    given = options | {"transport": transport}
+    figures = {f"guidance {scale:g}": recognition(model, scale, **given) for scale in (1.0, 2.0)}
     held_out = Reader().held_out
     print(json.dumps({"held_out": held_out, "recognised": figures, **options}, indent=1))
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-_LABEL_WIDTH = 34
+_LABEL_WIDTH, _LABEL_HEIGHT = 34, 20
 _GAP = 2
 
 
@@ -25,7 +25,12 @@ def to_uint8(images: Tensor) -> np.ndarray:
 
 
 def grid(
-    pixels: np.ndarray, columns: int, *, scale: int = 1, row_labels: Sequence[str] = ()
+    pixels: np.ndarray,
+    columns: int,
+    *,
+    scale: int = 1,
+    row_labels: Sequence[str] = (),
+    column_labels: Sequence[str] = (),
 ) -> Image.Image:
     """`(B, H, W, 3)` uint8 as one picture, row by row, each pixel `scale` wide.
 
@@ -39,16 +44,22 @@ def grid(
         )
     height, width = (scale * n for n in pixels.shape[1:3])
     rows, left = -(-len(pixels) // columns), _LABEL_WIDTH if row_labels else 0
-    size = (left + columns * (width + _GAP) + _GAP, rows * (height + _GAP) + _GAP)
+    top = _LABEL_HEIGHT if column_labels else 0
+    size = (left + columns * (width + _GAP) + _GAP, top + rows * (height + _GAP) + _GAP)
     canvas = Image.new("RGB", size, "white")
     for i, image in enumerate(pixels):
         row, column = divmod(i, columns)
         tile = Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST)
-        canvas.paste(tile, (left + _GAP + column * (width + _GAP), _GAP + row * (height + _GAP)))
+        x, y = _GAP + column * (width + _GAP), _GAP + row * (height + _GAP)
+        canvas.paste(tile, (left + x, top + y))
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(min(20, max(9, height // 2)))
     for row, label in enumerate(row_labels):
-        middle = (left // 2, _GAP + row * (height + _GAP) + height // 2)
+        middle = (left // 2, top + _GAP + row * (height + _GAP) + height // 2)
         draw.text(middle, label, fill="black", font=font, anchor="mm")
+    small = ImageFont.load_default(min(13, max(8, width // 4)))
+    for column, label in enumerate(column_labels):
+        middle = (left + _GAP + column * (width + _GAP) + width // 2, top // 2)
+        draw.text(middle, label, fill="black", font=small, anchor="mm")
     return canvas
 
 

@@ -19,9 +19,24 @@ from torch import Tensor, nn
 
 from fastdit import data as datasets
 from fastdit.diffusion import create_diffusion
+from fastdit.flow import Transport, create_transport
 from fastdit.model import DiT, DiT_models
 
+OBJECTIVES = ("diffusion", "flow")
 SCHEDULES = ("constant", "cosine")
+FLOW_OPTIONS = (
+    "path_type",
+    "prediction",
+    "loss_weight",
+    "train_eps",
+    "sample_eps",
+    "t_sampling",
+    "logit_mean",
+    "logit_std",
+    "timestep_shift",
+    "cosine_loss",
+    "time_scale",
+)
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -36,10 +51,14 @@ class TrainConfig:
     `model` is a name of `DiT_models`, or "custom" with `depth`, `hidden_size`, `num_heads` and
     `patch_size`; `design` holds fields of `fastdit.designs.Design`, and `unconditional` leaves the
     labels out. `batch_size` samples make an update, `accumulate` of them at a time in turn.
+
+    `objective` is "diffusion", the noise of 1000 steps, or "flow". The flow's options, from
+    `path_type` to `time_scale`, are `fastdit.create_transport`'s; they say nothing of a diffusion.
     """
 
     data: str
     out: str
+    objective: str = "diffusion"
     model: str = "custom"
     depth: int = 3
     hidden_size: int = 96
@@ -65,6 +84,17 @@ class TrainConfig:
     device: str = "cpu"
     save_every: int = 5000
     sample_every: int = 0
+    path_type: str = "Linear"
+    prediction: str = "velocity"
+    loss_weight: str | None = None
+    train_eps: float | None = None
+    sample_eps: float | None = None
+    t_sampling: str = "uniform"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    timestep_shift: float = 1.0
+    cosine_loss: bool = False
+    time_scale: float = 1.0
 
     def __post_init__(self) -> None:
         positive = ("steps", "batch_size", "accumulate", "save_every", "image_size")
@@ -76,6 +106,9 @@ class TrainConfig:
                 f"accumulate: got {self.accumulate}, allowed is a divisor of "
                 f"batch_size = {self.batch_size}"
             )
+        if self.objective not in OBJECTIVES:
+            allowed = ", ".join(OBJECTIVES)
+            raise ValueError(f"objective: got {self.objective!r}, allowed is {allowed}")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule: got {self.schedule!r}, allowed is {', '.join(SCHEDULES)}")
         if self.amp not in AMP:
@@ -86,6 +119,22 @@ class TrainConfig:
             )
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema: got {self.ema}, allowed is 0 to below 1")
+        if self.objective == "flow":
+            self.transport()
+            return
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in FLOW_OPTIONS:
+            if getattr(self, name) != defaults[name]:
+                raise ValueError(
+                    f"{name}: got {getattr(self, name)!r}, allowed is {defaults[name]!r} with "
+                    "objective='diffusion'"
+                )
+
+    def transport(self) -> Transport | None:
+        """The flow that the run trains; None trains a diffusion."""
+        if self.objective == "diffusion":
+            return None
+        return create_transport(**{name: getattr(self, name) for name in FLOW_OPTIONS})
 
 
 def build_model(config: TrainConfig, data: datasets.Dataset) -> DiT:
@@ -130,6 +179,7 @@ class Trainer:
             self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
+        self.transport = config.transport()
         self.diffusion = create_diffusion("", learn_sigma=config.learn_sigma)
         self.steps_done = 0
         self.losses: list[float] = []
@@ -161,11 +211,14 @@ class Trainer:
         x, y = x.to(self.device), y.to(self.device)
         if self.config.flip:
             x = torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x.flip(-1), x)
-        t = torch.randint(0, self.diffusion.num_timesteps, (len(x),), device=self.device)
         amp = AMP[self.config.amp]
         with torch.autocast(self.device.type, amp, enabled=amp is not None):
             condition = {"y": None if self.config.unconditional else y}
-            terms = self.diffusion.training_losses(self.model, x, t, condition)
+            if self.transport is not None:
+                terms = self.transport.training_losses(self.model, x, condition)
+            else:
+                t = torch.randint(0, self.diffusion.num_timesteps, (len(x),), device=self.device)
+                terms = self.diffusion.training_losses(self.model, x, t, condition)
         return terms["loss"].mean()
 
     def _update(self) -> None:
@@ -203,9 +256,9 @@ class Trainer:
             free.add("steps")
         added = dataclasses.asdict(TrainConfig(data="", out=""))  # what an older state lacks
         ours, theirs = dataclasses.asdict(self.config), {**added, **state["config"]}
-        differing = [k for k in ours if k not in free and ours[k] != theirs.get(k)]
+        differing = [k for k in ours if k not in free and ours[k] != theirs[k]]
         if differing:
-            told = ", ".join(f"{k} = {theirs.get(k)!r} then, {ours[k]!r} now" for k in differing)
+            told = ", ".join(f"{k} = {theirs[k]!r} then, {ours[k]!r} now" for k in differing)
             raise ValueError(f"--resume: the run was another one: {told}")
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["ema"])

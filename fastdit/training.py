@@ -24,6 +24,7 @@ from fastdit import images
 from fastdit.backends import devices
 from fastdit.checkpoint import atomic_write, save_model
 from fastdit.commands import design_options
+from fastdit.flow import transport_metadata
 from fastdit.sampling import sample
 from fastdit.trainer import TrainConfig, Trainer
 
@@ -43,6 +44,9 @@ DIGITS = {
     "sample_every": 1000,
 }
 """What `--data digits` changes of the defaults: the recipe of the weights that ship."""
+
+DIGITS_FLOW = {"learn_sigma": False, "t_sampling": "logit_normal", "time_scale": 1000.0}
+"""What `--data digits --objective flow` changes besides."""
 
 
 def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -> Trainer:
@@ -117,7 +121,7 @@ def _loop(trainer: Trainer, out: Path, progress: bool, stop: threading.Event) ->
 def save(trainer: Trainer, out: Path) -> None:
     """The state, the EMA weights and the loss curve, each written whole or not at all."""
     atomic_write(out / STATE, lambda path: _write_state(trainer.state(), path))
-    save_model(trainer.average, out / WEIGHTS)
+    save_model(trainer.average, out / WEIGHTS, metadata=transport_metadata(trainer.transport))
     if trainer.losses:
         atomic_write(out / CURVE, lambda path: plot_losses(trainer.losses, path))
 
@@ -140,9 +144,10 @@ def save_samples(trainer: Trainer, path: Path) -> None:
         classes or 64,
         steps=20,
         cfg_scale=2.0 if model.guidable else 1.0,
-        solver="dpm++",
+        solver="heun" if trainer.transport else "dpm++",
         seed=trainer.config.seed,
-        clip_denoised=pixels,
+        clip_denoised=pixels and trainer.transport is None,
+        transport=trainer.transport,
     )
     shown = out if pixels else out[:, :3] / out[:, :3].abs().amax()
     scale = max(1, 64 // out.shape[-1])
@@ -172,7 +177,7 @@ def plot_losses(losses: list[float], path: Path) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One option for each field of `TrainConfig`; what is not given is the data's default."""
-    kinds = {"int": int, "float": float, "str": str, "float | None": float}
+    kinds = {"int": int, "float": float, "str": str, "float | None": float, "str | None": str}
     design_options.add_arguments(parser)
     for field in dataclasses.fields(TrainConfig):
         if field.name == "design":
@@ -180,8 +185,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         option = f"--{field.name.replace('_', '-')}"
         required = field.default is dataclasses.MISSING
         shown = "" if required else f"default {field.default}"
-        if field.name in DIGITS:
-            shown += f"; digits: {DIGITS[field.name]}"
+        for case, recipe in (("digits", DIGITS), ("digits with flow", DIGITS_FLOW)):
+            if field.name in recipe:
+                shown += f"; {case}: {recipe[field.name]}"
         if field.type == "bool":
             action = argparse.BooleanOptionalAction
             parser.add_argument(option, action=action, default=None, help=shown)
@@ -196,6 +202,8 @@ def config_from(args: argparse.Namespace) -> TrainConfig:
     names = {field.name for field in dataclasses.fields(TrainConfig)}
     given = {k: v for k, v in vars(args).items() if k in names and v is not None}
     recipe = DIGITS if args.data == "digits" else {}
+    if recipe and args.objective == "flow":
+        recipe = recipe | DIGITS_FLOW
     design = design_options.options_from(args)
     return TrainConfig(**{"device": devices()[-1], **recipe, **given, "design": design})
 

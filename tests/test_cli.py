@@ -9,6 +9,7 @@ from PIL import Image
 from published_checkpoint import published_weights
 
 from fastdit import cli, images
+from fastdit.digits import weights_path
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +27,28 @@ def test_demo_draws_the_labelled_grid_and_times_both_paths(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "eager PyTorch" in printed
     assert "images/s" in printed
+
+
+def test_the_flow_digits_in_demo_and_sample(tmp_path, capsys):
+    out = tmp_path / "demo.png"
+    cli.main(["demo", "--objective", "flow", "--steps", "4", "--rounds", "1", "--out", str(out)])
+    assert Image.open(out).size == (34 + 10 * 50 + 2, 10 * 50 + 2)
+    options = ["--classes", "1,2", "--steps", "3", "--guidance-interval", "0.2", "0.9"]
+    for ckpt in ("digits-flow", str(weights_path("flow"))):
+        cli.main(["sample", "--ckpt", ckpt, *options, "--out", str(tmp_path / "s.npz")])
+        assert "2 images, heun 3 steps on cpu" in capsys.readouterr().out
+        with np.load(tmp_path / "s.npz") as file:
+            assert np.ptp(file["arr_0"]) > 100
+
+
+def test_a_published_flow_is_named_one(published, tmp_path, capsys):
+    """SiT's files have DiT's keys and do not say what they are."""
+    options = ["--classes", "5", "--steps", "2", "--vae", "none", "--solver", "euler"]
+    argv = ["sample", "--ckpt", published, *options, "--out", str(tmp_path / "s.npz")]
+    cli.main([*argv, "--objective", "flow"])
+    assert "1 latents, euler 2 steps on cpu" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="solver: got 'euler', allowed is 'ddpm'"):
+        cli.main(argv)
 
 
 def test_sample_latents_in_the_evaluators_layout(published, tmp_path, capsys):

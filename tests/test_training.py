@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import importlib.util
 import os
 import signal
@@ -15,7 +16,9 @@ from PIL import Image
 
 import fastdit
 from fastdit import cli, digits, training
+from fastdit import trainer as trainer_module
 from fastdit.checkpoint import load_model
+from fastdit.flow import load_transport
 from fastdit.trainer import DivergedError, TrainConfig, Trainer, learning_rate
 from fastdit.training import train
 
@@ -51,8 +54,9 @@ def same(a, b) -> bool:
         {"accumulate": 2, "clip_grad": 0.5, "warmup_steps": 4},
         {"amp": "bf16", "flip": False, "weight_decay": 0.1, "schedule": "cosine"},
         {"amp": "fp16"},
+        {"objective": "flow", "t_sampling": "logit_normal", "time_scale": 1000.0},
     ],
-    ids=["fp32", "bf16", "fp16"],
+    ids=["fp32", "bf16", "fp16", "flow"],
 )
 def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, changes, monkeypatch):
     whole = train(tiny(tmp_path / "whole", **changes), progress=False).state()
@@ -127,6 +131,27 @@ def test_a_run_learns_and_leaves_its_files(tmp_path):
     assert loaded.config == trainer.model.config
     assert same(loaded.state_dict(), trainer.average.state_dict())
     assert Image.open(tmp_path / "loss.png").size == (720, 420)
+
+
+def test_a_flow_learns_and_its_file_says_what_it_is(tmp_path):
+    options = {"objective": "flow", "learn_sigma": False, "time_scale": 1000.0, "sample_every": 60}
+    config = tiny(tmp_path, steps=60, hidden_size=48, lr=3e-3, **options)
+    trainer = train(config, progress=False)
+    assert np.mean(trainer.losses[-10:]) < 0.8 * np.mean(trainer.losses[:5])
+    transport = load_transport(tmp_path / "ema.safetensors")
+    assert transport.config == config.transport().config
+    assert transport.time_scale == 1000
+    assert (tmp_path / "samples-0000060.png").exists()
+
+
+def test_a_state_from_before_an_option_has_its_default(tmp_path):
+    trainer = Trainer(tiny(tmp_path))
+    state = trainer.state()
+    for name in ("objective", *trainer_module.FLOW_OPTIONS):
+        del state["config"][name]
+    trainer.restore(state)
+    with pytest.raises(ValueError, match="objective = 'diffusion' then, 'flow' now"):
+        Trainer(tiny(tmp_path, objective="flow")).restore(state)
 
 
 def test_a_cut_off_save_leaves_the_last_one(tmp_path, monkeypatch):
@@ -226,6 +251,9 @@ def test_another_run_is_not_overwritten_or_resumed(tmp_path):
         ({"model": "DiT-M/2"}, "model: got 'DiT-M/2', allowed is custom, DiT-XL/2"),
         ({"ema": 1.0}, r"ema: got 1\.0"),
         ({"steps": 0}, "steps: got 0"),
+        ({"objective": "gan"}, "objective: got 'gan', allowed is diffusion, flow"),
+        ({"objective": "flow", "prediction": "x0"}, "prediction: got 'x0'"),
+        ({"time_scale": 2.0}, r"time_scale: got 2\.0, allowed is 1\.0 with objective='diffusion'"),
     ],
 )
 def test_wrong_settings_are_named(tmp_path, changes, message):
@@ -248,6 +276,8 @@ def test_the_command_trains_on_a_folder_and_takes_the_recipe_of_digits(tmp_path,
     given = ["train", "--data", "digits", "--out", "x", "--lr", "0.5", "--flip"]
     changed = training.config_from(parser.parse_args(given))
     assert (changed.lr, changed.flip) == (0.5, True)
+    flow = training.config_from(parser.parse_args([*given, "--objective", "flow"]))
+    assert flow.transport().config["time_scale"] == training.DIGITS_FLOW["time_scale"]
 
 
 def test_the_shipped_digits_are_recognised():
@@ -256,6 +286,17 @@ def test_the_shipped_digits_are_recognised():
     assert sum(p.numel() for p in model.parameters()) < 600_000
     assert digits.recognition(model, cfg_scale=2.0, count=100, steps=20) >= 0.95
     assert digits.recognition(model, cfg_scale=1.0, count=200, steps=20) >= 0.85
+
+
+def test_the_shipped_flow_digits_are_recognised():
+    """At 25 steps of Heun and at 50 calls of the model by Euler."""
+    model = digits.load_digits_model(objective="flow")
+    transport = load_transport(digits.weights_path("flow"))
+    assert sum(p.numel() for p in model.parameters()) < 600_000
+    recognised = functools.partial(digits.recognition, model, transport=transport)
+    assert recognised(2.0, count=50, steps=25, solver="heun") >= 0.95
+    assert recognised(2.0, count=50, steps=50, solver="euler") >= 0.95
+    assert recognised(1.0, count=100, steps=12, solver="heun") >= 0.85
 
 
 def test_the_reader_reads_real_digits_and_rejects_others():

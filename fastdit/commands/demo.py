@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fastdit import backends, images
-from fastdit.commands.sample import load
+from fastdit.commands.sample import load, transport_of
+from fastdit.flow import sampling as flow_sampling
 from fastdit.model import DiT
 from fastdit.sampling import SOLVERS, sample
 
@@ -28,9 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     add = parser.add_argument
     add("--out", type=Path, default=Path("fastdit-demo.png"), help="default fastdit-demo.png")
+    add("--objective", choices=("diffusion", "flow"), default="diffusion", help="of the model")
     add("--steps", type=int, default=50, help="denoising steps (default 50)")
     add("--cfg-scale", type=float, default=2.0, help="guidance (default 2)")
-    add("--solver", choices=SOLVERS, default="ddim", help="default ddim")
+    add(
+        "--solver", choices=(*SOLVERS, *flow_sampling.SOLVERS), help="default ddim; of a flow euler"
+    )
     add("--seed", type=int, default=0, help="default 0")
     add("--device", default=None, help="default: the accelerator, else the CPU")
     add("--rounds", type=int, default=3, help="timed rounds of each (default 3)")
@@ -79,10 +83,12 @@ def report(device: str, steps: int, rates: dict[str, list[float]]) -> Table:
 def run(args: argparse.Namespace) -> None:
     """Sample, write the picture, print what ran."""
     console = Console()
-    model = load("digits", args.device, "fp32")
+    ckpt = "digits" if args.objective == "diffusion" else "digits-flow"
+    model, transport = load(ckpt, args.device, "fp32"), transport_of(ckpt, args.objective)
     device = next(model.parameters()).device.type
-    options = {"cfg_scale": args.cfg_scale, "solver": args.solver, "seed": args.seed}
-    options["clip_denoised"] = True
+    solver = args.solver or ("ddim" if transport is None else "euler")
+    options = {"cfg_scale": args.cfg_scale, "solver": solver, "seed": args.seed}
+    options |= {"clip_denoised": transport is None, "transport": transport}
     pixels = images.to_uint8(sample(model, CLASSES, steps=args.steps, progress=True, **options))
     picture = images.grid(pixels, 10, scale=6, row_labels=[str(digit) for digit in range(10)])
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,8 @@ from rich.console import Console
 from torch import Tensor
 
 from fastdit import backends, images
+from fastdit.flow import Transport, create_transport, load_transport
+from fastdit.flow import sampling as flow_sampling
 from fastdit.sampling import SOLVERS, sample
 
 SUMMARY = "sample images from a checkpoint"
@@ -36,13 +38,16 @@ def class_list(text: str) -> list[int]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     add = parser.add_argument
-    add("--ckpt", required=True, help="file, folder or hub id; 'digits' is the shipped model")
+    add("--ckpt", required=True, help="file, folder or hub id; 'digits', 'digits-flow': shipped")
     add("--classes", type=class_list, required=True, help="labels, such as 207,360")
     add("--per-class", type=int, default=1, help="samples of each class (default 1)")
     add("--steps", type=int, default=250, help="denoising steps (default 250)")
     add("--cfg-scale", type=float, default=4.0, help="guidance, 1 is none (default 4)")
     add("--guided-channels", type=int, help="channels guided (default: 3 at most, as published)")
-    add("--solver", choices=SOLVERS, default="ddpm", help="default ddpm")
+    add("--objective", choices=("diffusion", "flow"), help="default: what the file says, diffusion")
+    add("--guidance-interval", type=float, nargs=2, default=(0.0, 1.0), help="of a flow's time")
+    every = (*SOLVERS, *flow_sampling.SOLVERS)
+    add("--solver", choices=every, help="default ddpm; of a flow heun")
     add("--eta", type=float, default=0.0, help="DDIM's noise (default 0)")
     add("--seed", type=int, default=0, help="default 0")
     add("--batch-size", type=int, help="samples at once (default: all, as published)")
@@ -56,11 +61,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def load(ckpt: str, device: str | None, dtype: str):
     """The checkpoint's model, on the device, ready to sample."""
     from fastdit.checkpoint import load_model
-    from fastdit.digits import weights_path
 
     device = device or backends.devices()[-1]
-    path = weights_path() if ckpt == "digits" else ckpt
-    return load_model(path, device=device, dtype=DTYPES[dtype])
+    return load_model(located(ckpt), device=device, dtype=DTYPES[dtype])
+
+
+def located(ckpt: str) -> str | Path:
+    """The path of a shipped model's name; any other as it is."""
+    from fastdit.digits import weights_path
+
+    shipped = {"digits": "diffusion", "digits-flow": "flow"}
+    return weights_path(shipped[ckpt]) if ckpt in shipped else ckpt
+
+
+def transport_of(ckpt: str, objective: str | None) -> Transport | None:
+    """The flow that the checkpoint was trained with; None samples a diffusion.
+
+    SiT's checkpoints do not say that they are flows: `objective="flow"` takes SiT's defaults.
+    """
+    if objective == "diffusion":
+        return None
+    found = load_transport(located(ckpt))
+    return create_transport() if found is None and objective == "flow" else found
 
 
 def load_vae(name: str, device: torch.device):
@@ -107,6 +129,8 @@ def run(args: argparse.Namespace) -> None:
         raise SystemExit(f"--out: got {str(args.out)!r}, allowed is a .png or an .npz file")
     console = Console()
     model = load(args.ckpt, args.device, args.dtype)
+    transport = transport_of(args.ckpt, args.objective)
+    solver = args.solver or ("ddpm" if transport is None else "heun")
     device = next(model.parameters()).device
     latent = model.in_channels not in (1, 3)
     vae = load_vae(args.vae, device) if latent and args.vae != "none" else None
@@ -120,15 +144,17 @@ def run(args: argparse.Namespace) -> None:
                 labels[start : start + size],
                 steps=args.steps,
                 cfg_scale=args.cfg_scale,
-                solver=args.solver,
+                solver=solver,
                 eta=args.eta,
                 seed=args.seed + start,
                 guided_channels=args.guided_channels,
-                clip_denoised=not latent,
+                clip_denoised=not latent and transport is None,
                 progress=True,
+                transport=transport,
+                guidance_interval=tuple(args.guidance_interval),
             )
             parts.append(part if vae is None else decode(vae, part))
     columns = args.per_class if args.per_class > 1 else int(np.ceil(len(labels) ** 0.5))
     write(args.out, torch.cat(parts), labels, columns)
     what = "latents" if latent and vae is None else "images"
-    console.print(f"{len(labels)} {what}, {args.solver} {args.steps} steps on {device}: {args.out}")
+    console.print(f"{len(labels)} {what}, {solver} {args.steps} steps on {device}: {args.out}")

@@ -22,7 +22,12 @@ TOKENS = 4
 
 def named(*names: str) -> Callable[[nn.Module], bool]:
     """Whether a module's class, or one that it derives from, has one of these names."""
-    return lambda module: any(cls.__name__ in names for cls in type(module).__mro__)
+
+    def has_name(module: nn.Module) -> bool:
+        return any(cls.__name__ in names for cls in type(module).__mro__)
+
+    has_name.names = names  # type: ignore[attr-defined]
+    return has_name
 
 
 def tokens(width: int, count: int = TOKENS) -> Tensor:
