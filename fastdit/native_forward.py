@@ -59,11 +59,18 @@ class NativeForward:
         """Pack the weights again at the next call, whether or not they seem to have changed."""
         self._packed = None
 
-    def explain(self, x: Tensor | None = None, conditioning: Tensor | None = None) -> str:
-        """What a call would run, and why; without arguments, any call."""
+    def unfit(self, x: Tensor | None = None, conditioning: Tensor | None = None) -> str | None:
+        """Why a call would run the model, or None; without arguments, any call."""
         try:
             self._ready(x, conditioning)
         except Unfit as why:
+            return str(why)
+        return None
+
+    def explain(self, x: Tensor | None = None, conditioning: Tensor | None = None) -> str:
+        """What a call would run, and why; without arguments, any call."""
+        why = self.unfit(x, conditioning)
+        if why is not None:
             return f"the model: {why}"
         kind = f"{self.quantize} in the blocks' Linears" if self.quantize else "float32"
         return f"native forward (csrc, {torch.ops.fastdit_native.cpu_isa()}, {kind})"

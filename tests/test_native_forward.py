@@ -392,3 +392,22 @@ def test_threads_share_one_forward():
     for worker in workers:
         worker.join()
     assert not wrong
+
+
+def test_a_sampler_takes_it_where_it_fits():
+    model = small(input_size=8, learn_sigma=True)
+    options = {"steps": 3, "solver": "ddim", "cfg_scale": 2.0}
+    plain = fastdit.Sampler(model, native=False, **options)([1, 3], seed=0)
+    sampler = fastdit.Sampler(model, **options)
+    assert error(sampler([1, 3], seed=0), plain.double()) < 2e-5
+    assert sampler._forward.reason is None
+    int8 = fastdit.Sampler(model, quantize="int8", **options)([1, 3], seed=0)
+    assert 1e-5 < error(int8, plain.double()) < 0.1
+    hook = model.blocks[0].register_forward_hook(lambda *_args: None)
+    assert error(sampler([1, 3], seed=0), plain.double()) < 2e-5
+    assert "hook" in sampler._forward.reason
+    with pytest.raises(fastdit.BackendError, match="native=True: .* a module has a forward hook"):
+        fastdit.Sampler(model, native=True, **options)([1])
+    hook.remove()
+    with pytest.raises(ValueError, match="native: got False with quantize='int8'"):
+        fastdit.Sampler(model, native=False, quantize="int8")

@@ -26,7 +26,7 @@ from fastdit.model import DiT
 from fastdit.ops._checks import fail
 from fastdit.reference import TABLE_COLUMNS
 from fastdit.sampler.conditioning import Conditioning
-from fastdit.sampler.denoiser import denoiser
+from fastdit.sampler.denoiser import denoiser, stand_in
 from fastdit.sampler.graphs import CapturedRun, Captures, parameter_storage
 from fastdit.sampler.noise import sample_seeds
 from fastdit.sampler.plan import DIFFUSION_SOLVERS, Plan, diffusion_plan
@@ -78,8 +78,9 @@ class Sampler:
         conditioning_budget: bytes for the conditioning rows computed ahead; 0 leaves them to the
             model in every step.
         graph: replay a CUDA graph of the step; None does where the model is on a GPU.
-        native: see `fastdit.sampler.denoiser`.
-        quantize: see there.
+        native: whether `fastdit.NativeForward` runs in the model's place: None where it fits (CPUs,
+            float32), True or an error, False never.
+        quantize: `"int8"` multiplies in 8 bits there; None does not.
 
     Raises:
         ValueError: an argument that does not fit, which is named.
@@ -117,7 +118,9 @@ class Sampler:
         self.clip = 1.0 if clip_denoised else None
         self.chunk = _positive("chunk", chunk)
         self.conditioning_budget = _budget(conditioning_budget)
-        self.graph, self.native, self.quantize = graph, native, quantize
+        self.graph = graph
+        self._forward = stand_in(model, native, quantize)
+        self._required = bool(native) or quantize is not None
         self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self._captures = Captures()
 
@@ -188,7 +191,7 @@ class Sampler:
             fail("noise", f"{tuple(noise.shape)} on {noise.device}", f"(B, *{shape}) on {device}")
         table, times = self._on(device)
         recipe = Recipe(
-            denoiser(self.model, self.native, self.quantize),
+            denoiser(self.model, self._forward, self._required),
             self.plan,
             table,
             times,
@@ -233,7 +236,8 @@ class Sampler:
         if not self.conditioning_budget:
             return None
         reuse = self._captures.tables()
-        found = Conditioning(self.model, times, labels, self.conditioning_budget, reuse)
+        model = self.model if self._forward is None else self._forward
+        found = Conditioning(model, times, labels, self.conditioning_budget, reuse)
         if not found.steps:
             return None
         found.fill(0)
