@@ -406,7 +406,7 @@ def test_a_sampler_takes_it_where_it_fits():
     hook = model.blocks[0].register_forward_hook(lambda *_args: None)
     assert error(sampler([1, 3], seed=0), plain.double()) < 2e-5
     assert "hook" in sampler._forward.reason
-    with pytest.raises(fastdit.BackendError, match="native=True: .* a module has a forward hook"):
+    with pytest.raises(fastdit.BackendError, match=r"native=True: .* a module has a forward hook"):
         fastdit.Sampler(model, native=True, **options)([1])
     hook.remove()
     with pytest.raises(ValueError, match="native: got False with quantize='int8'"):

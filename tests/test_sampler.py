@@ -106,7 +106,7 @@ def test_conditioning_is_one_call_for_the_whole_schedule(model, monkeypatch):
     Sampler(model, steps=7, solver="ddim", native=False)(LABELS, seed=0)
     assert calls == [1, 7 * 3]  # a row to know its width; 7 steps of two classes and null
     calls.clear()
-    Sampler(model, steps=7, solver="ddim", chunk=1)(LABELS, seed=0)
+    Sampler(model, steps=7, solver="ddim", native=False, chunk=1)(LABELS, seed=0)
     assert calls == [1, 7 * 3]
 
 
