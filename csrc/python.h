@@ -14,18 +14,27 @@ struct PythonMethod {  // PyMethodDef
   int flags;
   const char* documentation;
 };
-constexpr int kFastCall = 0x80;  // METH_FASTCALL
+constexpr int kFastCall = 0x80, kNoArguments = 0x04;  // METH_FASTCALL, METH_NOARGS
 
 struct Python {
   PyObject* (*PyCFunction_NewEx)(PythonMethod*, PyObject* self, PyObject* module);
+  int (*PyCFunction_GetFlags)(PyObject*);
+  PyObject* (*(*PyCFunction_GetFunction)(PyObject*))(PyObject* self, PyObject* argument);
+  PyObject* (*PyCFunction_GetSelf)(PyObject*);
   void* (*PyCapsule_GetPointer)(PyObject*, const char* name);
   PyObject* (*PyObject_CallFunctionObjArgs)(PyObject* callable, ...);
   PyObject* (*PyObject_CallMethodObjArgs)(PyObject* object, PyObject* name, ...);
   PyObject* (*PyObject_GetAttr)(PyObject* object, PyObject* name);
   PyObject* (*PyObject_Type)(PyObject*);
+  PyObject* (*PyTuple_New)(long count);
+  int (*PyTuple_SetItem)(PyObject*, long, PyObject* stolen);
   PyObject* (*PyTuple_GetItem)(PyObject*, long);
   PyObject* (*PyTuple_Pack)(long count, ...);
   long (*PyTuple_Size)(PyObject*);
+  long (*PySequence_Size)(PyObject*);
+  PyObject* (*PySequence_GetItem)(PyObject*, long);
+  PyObject* (*PyLong_FromLongLong)(long long);
+  long long (*PyLong_AsLongLong)(PyObject*);
   double (*PyFloat_AsDouble)(PyObject*);
   PyObject* (*PyErr_Occurred)();
   void (*PyErr_Clear)();
@@ -37,13 +46,20 @@ struct Python {
   // False where this process has no Python, or hides it.
   bool find() {
     return look_up(PyCFunction_NewEx, "PyCFunction_NewEx") &&
+           look_up(PyCFunction_GetFlags, "PyCFunction_GetFlags") &&
+           look_up(PyCFunction_GetFunction, "PyCFunction_GetFunction") &&
+           look_up(PyCFunction_GetSelf, "PyCFunction_GetSelf") &&
            look_up(PyCapsule_GetPointer, "PyCapsule_GetPointer") &&
            look_up(PyObject_CallFunctionObjArgs, "PyObject_CallFunctionObjArgs") &&
            look_up(PyObject_CallMethodObjArgs, "PyObject_CallMethodObjArgs") &&
            look_up(PyObject_GetAttr, "PyObject_GetAttr") &&
-           look_up(PyObject_Type, "PyObject_Type") &&
+           look_up(PyObject_Type, "PyObject_Type") && look_up(PyTuple_New, "PyTuple_New") &&
+           look_up(PyTuple_SetItem, "PyTuple_SetItem") &&
            look_up(PyTuple_GetItem, "PyTuple_GetItem") && look_up(PyTuple_Pack, "PyTuple_Pack") &&
-           look_up(PyTuple_Size, "PyTuple_Size") &&
+           look_up(PyTuple_Size, "PyTuple_Size") && look_up(PySequence_Size, "PySequence_Size") &&
+           look_up(PySequence_GetItem, "PySequence_GetItem") &&
+           look_up(PyLong_FromLongLong, "PyLong_FromLongLong") &&
+           look_up(PyLong_AsLongLong, "PyLong_AsLongLong") &&
            look_up(PyFloat_AsDouble, "PyFloat_AsDouble") &&
            look_up(PyErr_Occurred, "PyErr_Occurred") && look_up(PyErr_Clear, "PyErr_Clear") &&
            look_up(Py_IncRef, "Py_IncRef") && look_up(Py_DecRef, "Py_DecRef") &&

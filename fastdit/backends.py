@@ -73,6 +73,16 @@ PROVIDERS = {"cpu": ("fastdit.native",), "cuda": ("fastdit.native", "fastdit.ker
 """Modules that register the kernels of a device type, imported at the first call on it."""
 
 
+def _no_direct_call(*_args: Any) -> None:
+    return None
+
+
+direct_calls: dict[str, Callable[..., Any]] = dict.fromkeys(OPS, _no_direct_call)
+"""Every op's direct call on CPUs: that of its first kernel, which takes unchecked arguments and
+returns None where the ordinary call has to decide. Where there is none, a function that does only
+that."""
+
+
 class _Setting:
     requested = "auto"
 
@@ -118,17 +128,33 @@ def _none_registered() -> str:
 def register(kernel: Kernel) -> None:
     """Add `kernel` behind those registered for its op and device: the fastest goes first."""
     _kernels.setdefault((kernel.op, kernel.device), []).append(kernel)
+    _choose_direct_calls()
 
 
 def unregister(kernel: Kernel) -> None:
     """Take `kernel` out again."""
     _kernels[kernel.op, kernel.device].remove(kernel)
+    _choose_direct_calls()
 
 
-def direct(op: str) -> Callable[..., Any] | None:
-    """The direct call of `op`'s first kernel on CPUs, where it has one and may run."""
-    kernels = _kernels.get((op, "cpu"))
-    return kernels[0].direct if kernels and _setting.requested != "reference" else None
+@contextlib.contextmanager
+def replaced(op: str, device: str, kernels: list[Kernel]) -> Iterator[None]:
+    """Inside the block, have these kernels of an op in place of those registered: for tests."""
+    before = kernels_for(op, device)
+    _kernels[op, device] = kernels
+    _choose_direct_calls()
+    try:
+        yield
+    finally:
+        _kernels[op, device] = before
+        _choose_direct_calls()
+
+
+def _choose_direct_calls() -> None:
+    """After a change of kernels or of the backend asked for: a call itself then asks nothing."""
+    for op in OPS:
+        kernels = _kernels.get((op, "cpu")) if _setting.requested != "reference" else None
+        direct_calls[op] = (kernels[0].direct if kernels else None) or _no_direct_call
 
 
 @contextlib.contextmanager
@@ -145,10 +171,12 @@ def backend(name: str) -> Iterator[None]:
     if name not in BACKENDS:
         raise ValueError(f"backend: got {name!r}, allowed are {', '.join(map(repr, BACKENDS))}")
     previous, _setting.requested = _setting.requested, name
+    _choose_direct_calls()
     try:
         yield
     finally:
         _setting.requested = previous
+        _choose_direct_calls()
 
 
 def current_backend() -> str:

@@ -12,6 +12,7 @@ COMMANDS = {
     "demo": "fastdit.commands.demo",
     "sample": "fastdit.commands.sample",
     "train": "fastdit.training",
+    "models": "fastdit.commands.models",
     "inspect": "fastdit.commands.inspect",
     "build": "fastdit.commands.build",
     "doctor": "fastdit.commands.doctor",

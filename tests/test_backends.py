@@ -27,10 +27,8 @@ def kernel():
         return None if x.shape[-1] <= 8 else f"width {x.shape[-1]} is over 8"
 
     kernel = backends.Kernel("adaln", "cpu", "sevens", run, unsupported)
-    before = backends.kernels_for("adaln", "cpu")
-    backends._kernels["adaln", "cpu"] = [kernel]
-    yield kernel
-    backends._kernels["adaln", "cpu"] = before
+    with backends.replaced("adaln", "cpu", [kernel]):
+        yield kernel
 
 
 def sevens(out: torch.Tensor) -> bool:

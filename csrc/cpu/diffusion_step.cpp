@@ -25,13 +25,28 @@ const Chunks kChunks = fastest();
 // A thread should have some microseconds of work: it takes about two to wake one.
 constexpr int64_t kGrain = 32, kGrainPhilox = 8;
 
+}  // namespace
+
+bool steps_fit(const StepCall& call) {
+  for (int64_t sample = 0; sample < (call.step_per_sample ? call.batch : 1); ++sample)
+    if (call.step_of(sample) < 0 || call.step_of(sample) >= call.rows) return false;
+  return true;
+}
+
+void diffusion_step_all(const StepCall& call) {
+  const int64_t chunks = call.batch * chunks_of(call), grain = call.seed ? kGrainPhilox : kGrain;
+  if (chunks <= grain) return kChunks(call, 0, chunks);
+  torch::stable::parallel_for(
+      0, chunks, grain, [&](int64_t begin, int64_t end) { kChunks(call, begin, end); });
+}
+
+namespace {
+
 void check_steps(const StepCall& call) {
-  for (int64_t sample = 0; sample < (call.step_per_sample ? call.batch : 1); ++sample) {
-    const int64_t step = call.step_of(sample);
-    if (step < 0 || step >= call.rows) {
-      fail("step", std::to_string(step), "0 to " + std::to_string(call.rows - 1));
-    }
-  }
+  if (steps_fit(call)) return;
+  int64_t sample = 0;
+  while (call.step_of(sample) >= 0 && call.step_of(sample) < call.rows) ++sample;
+  fail("step", std::to_string(call.step_of(sample)), "0 to " + std::to_string(call.rows - 1));
 }
 
 std::tuple<Tensor, Tensor> diffusion_step_cpu(
@@ -41,15 +56,8 @@ std::tuple<Tensor, Tensor> diffusion_step_cpu(
     const std::optional<Tensor>& seed, const std::optional<Sizes>& patch) {
   const Step step = prepare(x, model_output, table, index, noise, x0_previous, clip, learned_range,
                             guided_channels, seed, patch);
-  const StepCall& call = step.call;
-  check_steps(call);
-  const int64_t chunks = call.batch * chunks_of(call), grain = seed ? kGrainPhilox : kGrain;
-  if (chunks <= grain) {
-    kChunks(call, 0, chunks);
-  } else {
-    torch::stable::parallel_for(
-        0, chunks, grain, [&](int64_t begin, int64_t end) { kChunks(call, begin, end); });
-  }
+  check_steps(step.call);
+  diffusion_step_all(step.call);
   return {step.next, step.x0};
 }
 

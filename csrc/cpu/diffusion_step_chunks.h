@@ -25,4 +25,9 @@ void diffusion_step(const StepCall& call, int64_t begin, int64_t end);
 }
 #endif
 
+// Whether every sample's step is a row of the table.
+bool steps_fit(const StepCall& call);
+// All of it, with the machine's best instruction set, on PyTorch's threads.
+void diffusion_step_all(const StepCall& call);
+
 }  // namespace fastdit

@@ -29,6 +29,14 @@ void move_all(const Layout& l, void* tokens, void* image, int64_t bytes) {
   });
 }
 
+}  // namespace
+
+void unpatchify_all(const Layout& l, void* tokens, void* image, int64_t bytes) {
+  move_all<true>(l, tokens, image, bytes);
+}
+
+namespace {
+
 // ---- the ops -------------------------------------------------------------------------------------
 
 int64_t bytes_of(const Tensor& t, const char* name) {
@@ -60,7 +68,7 @@ Tensor unpatchify(const Tensor& tokens, const Sizes& patch, const Sizes& grid, i
                                   : empty({l.samples, channels, l.width()}, type);
   l.token_batch = rows.stride(0), l.token = rows.stride(1);
   l.row = l.width(), l.plane = l.height() * l.width(), l.image_batch = channels * l.plane;
-  move_all<true>(l, rows.data_ptr(), image.data_ptr(), bytes);
+  unpatchify_all(l, rows.data_ptr(), image.data_ptr(), bytes);
   return image;
 }
 

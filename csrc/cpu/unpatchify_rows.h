@@ -164,4 +164,7 @@ void move_rows(const Layout& l, T* tokens, T* image, int64_t begin, int64_t end)
   }
 }
 
+// All of it on PyTorch's threads, numbers of `bytes` each.
+void unpatchify_all(const Layout& l, void* tokens, void* image, int64_t bytes);
+
 }  // namespace fastdit

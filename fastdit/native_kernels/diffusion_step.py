@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastdit import backends
+from fastdit.native_kernels.direct import direct_call
 
 _op = torch.ops.fastdit_native.diffusion_step.default
 _STORED = (torch.float32, torch.bfloat16, torch.float16)
@@ -31,7 +32,17 @@ def _unsupported_cuda(x, model_output, table, *rest) -> str | None:
     return _unsupported(x, model_output, table, *rest)
 
 
-KERNELS = tuple(
-    backends.Kernel("diffusion_step", device, "csrc", _op, unsupported, checks_arguments=True)
-    for device, unsupported in (("cpu", _unsupported), ("cuda", _unsupported_cuda))
+KERNELS = (
+    backends.Kernel(
+        "diffusion_step",
+        "cpu",
+        "csrc",
+        _op,
+        _unsupported,
+        checks_arguments=True,
+        direct=direct_call("diffusion_step"),
+    ),
+    backends.Kernel(
+        "diffusion_step", "cuda", "csrc", _op, _unsupported_cuda, checks_arguments=True
+    ),
 )

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdit import backends, native
-from fastdit.native_kernels import direct
+from fastdit import backends
+from fastdit.native_kernels.direct import direct_call
 from fastdit.ops import _library
 
 NAMES = ("adaln", "gated_adaln", "gated_residual", "bias_gelu")
@@ -58,15 +58,10 @@ def kernel(name: str, run: Callable[..., Any] | None = None, **options) -> backe
     return backends.Kernel(name, "cpu", "csrc", run or op, unsupported, **options)
 
 
-def _direct_calls() -> dict[str, Callable[..., Any] | None]:
-    library = str(native.load()[0])
-    return {name: direct.direct_call(library, name) for name in NAMES}
-
-
 KERNELS = (
     *(
-        kernel(name, checks_arguments=True, direct=direct_call, slower=_slower(name))
-        for name, direct_call in _direct_calls().items()
+        kernel(name, checks_arguments=True, direct=direct_call(name), slower=_slower(name))
+        for name in NAMES
     ),
     *(kernel(f"{name}_backward") for name in NAMES),
 )

@@ -7,6 +7,7 @@ import math
 import torch
 
 from fastdit import backends
+from fastdit.native_kernels.direct import direct_call
 
 
 @torch.library.register_fake("fastdit_native::unpatchify")
@@ -23,6 +24,13 @@ def _fake_backward(dimage, patch, grid, channels):
 _ops = torch.ops.fastdit_native
 
 KERNELS = (
-    backends.Kernel("unpatchify", "cpu", "csrc", _ops.unpatchify.default, checks_arguments=True),
+    backends.Kernel(
+        "unpatchify",
+        "cpu",
+        "csrc",
+        _ops.unpatchify.default,
+        checks_arguments=True,
+        direct=direct_call("unpatchify"),
+    ),
     backends.Kernel("unpatchify_backward", "cpu", "csrc", _ops.unpatchify_backward.default),
 )

@@ -189,9 +189,6 @@ class Op:
         """
         if torch.compiler.is_compiling():
             return None
-        direct = backends.direct(self.name)
-        if direct is not None and (results := direct(*args)) is not None:
-            return results
         if not isinstance(args[0], Tensor) or differentiates(args) or not _ordinary(args):
             return None
         device = args[0].device.type

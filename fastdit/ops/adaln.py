@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from fastdit import reference
+from fastdit.backends import direct_calls
 from fastdit.ops import _checks
 from fastdit.ops._library import Op, define, gradient_like, present
 
@@ -109,7 +111,13 @@ def adaln(
 
     Source: Peebles & Xie 2022, adaLN; the published code's `modulate(norm(x), shift, scale)`.
     """
-    out = _adaln.unchecked(x, shift, scale, weight, bias, eps, norm, plus_one)
+    out = (
+        None
+        if is_dynamo_compiling()
+        else direct_calls["adaln"](x, shift, scale, weight, bias, eps, norm, plus_one)
+    )
+    if out is None:
+        out = _adaln.unchecked(x, shift, scale, weight, bias, eps, norm, plus_one)
     if out is not None:
         return out
     return _adaln(

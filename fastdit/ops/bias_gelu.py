@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from fastdit import reference
+from fastdit.backends import direct_calls
 from fastdit.ops import _checks
 from fastdit.ops._library import Op, define, gradient_like
 
@@ -66,7 +68,9 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
 
     Source: Hendrycks & Gimpel 2016; `nn.GELU(approximate="tanh")` of the published MLP.
     """
-    out = _bias_gelu.unchecked(x, bias)
+    out = None if is_dynamo_compiling() else direct_calls["bias_gelu"](x, bias)
+    if out is None:
+        out = _bias_gelu.unchecked(x, bias)
     if out is not None:
         return out
     return _bias_gelu(*_arguments(x, bias))

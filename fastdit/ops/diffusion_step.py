@@ -26,8 +26,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from fastdit import reference
+from fastdit.backends import direct_calls
 from fastdit.ops import _checks
 from fastdit.ops._library import Op, define, gradient_like, present
 
@@ -230,6 +232,22 @@ def diffusion_step(
 
     Source: Ho et al. 2020, Song et al. 2021, Lu et al. 2022; the design of one table is fastdit's.
     """
+    args = (
+        x,
+        model_output,
+        table,
+        step,
+        noise,
+        x0_previous,
+        clip,
+        learned_range,
+        guided_channels,
+        seed,
+        patch,
+    )
+    results = None if is_dynamo_compiling() else direct_calls["diffusion_step"](*args)
+    if results is not None:
+        return results
     if (
         isinstance(x, Tensor)
         and isinstance(model_output, Tensor)
@@ -238,19 +256,7 @@ def diffusion_step(
         and not isinstance(seed, int)
         and not isinstance(patch, int)
     ):
-        results = _diffusion_step.unchecked(
-            x,
-            model_output,
-            table,
-            step,
-            noise,
-            x0_previous,
-            clip,
-            learned_range,
-            guided_channels,
-            seed,
-            patch,
-        )
+        results = _diffusion_step.unchecked(*args)
         if results is not None:
             return results
     return _diffusion_step(

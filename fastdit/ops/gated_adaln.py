@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from fastdit import reference
+from fastdit.backends import direct_calls
 from fastdit.ops import _checks
 from fastdit.ops._library import Op, define, gradient_like, present
 from fastdit.ops.adaln import fake_statistics
@@ -108,7 +110,10 @@ def gated_adaln(
 
     Source: Peebles & Xie 2022, adaLN-Zero.
     """
-    results = _gated_adaln.unchecked(x, y, gate, shift, scale, weight, bias, eps, norm, plus_one)
+    args = x, y, gate, shift, scale, weight, bias, eps, norm, plus_one
+    results = None if is_dynamo_compiling() else direct_calls["gated_adaln"](*args)
+    if results is None:
+        results = _gated_adaln.unchecked(*args)
     if results is not None:
         return results
     return _gated_adaln(

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from fastdit import reference
+from fastdit.backends import direct_calls
 from fastdit.ops import _checks
 from fastdit.ops._library import Op, define, gradient_like
 
@@ -75,7 +77,9 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
 
     Source: Peebles & Xie 2022, adaLN-Zero.
     """
-    out = _gated_residual.unchecked(x, y, gate)
+    out = None if is_dynamo_compiling() else direct_calls["gated_residual"](x, y, gate)
+    if out is None:
+        out = _gated_residual.unchecked(x, y, gate)
     if out is not None:
         return out
     return _gated_residual(*_arguments(x, y, gate))

@@ -13,8 +13,10 @@ import math
 from collections.abc import Sequence
 
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from fastdit import reference
+from fastdit.backends import direct_calls
 from fastdit.ops import _checks
 from fastdit.ops._library import Op, define
 
@@ -96,6 +98,10 @@ def unpatchify(
 
     Source: the published `DiT.unpatchify`.
     """
+    if not is_dynamo_compiling():
+        image = direct_calls["unpatchify"](tokens, patch, grid, channels)
+        if image is not None:
+            return image
     if isinstance(tokens, Tensor) and isinstance(grid, tuple | list):
         patches = [patch] * len(grid) if isinstance(patch, int) else patch
         image = _unpatchify.unchecked(tokens, patches, grid, channels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import pytest
@@ -62,7 +63,7 @@ def test_without_pytest_it_says_so_and_reports_no_tests(monkeypatch):
             gpu_proof.run_tests(collect_only)
 
 
-def test_rows_hold_measured_beside_modelled(monkeypatch):
+def test_rows_hold_measured_beside_modelled():
     """On the CPU with a fake timer, and a fake kernel: everything runs once and is recorded."""
     times = iter(range(100, 200))
 
@@ -72,16 +73,15 @@ def test_rows_hold_measured_beside_modelled(monkeypatch):
         return at - 1, at, at + 1
 
     call = next(c for c in workloads("S", 2, latent=8, device="cpu") if c.op == "bias_gelu")
-    backends.kernels_for("bias_gelu", "cpu")
-    monkeypatch.setitem(backends._kernels, ("bias_gelu", "cpu"), [])
-    (plain, *_) = gpu_proof.measure(call, "H100", timer)
+    with backends.replaced("bias_gelu", "cpu", []):
+        (plain, *_) = gpu_proof.measure(call, "H100", timer)
     assert plain["kernel"] is None
     assert "no kernel is registered" in plain["why_not"]
-    for name in ("bias_gelu", "bias_gelu_backward"):
-        kernel = backends.Kernel(name, "cpu", "fake", getattr(reference, name))
-        backends.kernels_for(name, "cpu")
-        monkeypatch.setitem(backends._kernels, (name, "cpu"), [kernel])
-    forward, backward = gpu_proof.measure(call, "H100", timer)
+    with contextlib.ExitStack() as replaced:
+        for name in ("bias_gelu", "bias_gelu_backward"):
+            kernel = backends.Kernel(name, "cpu", "fake", getattr(reference, name))
+            replaced.enter_context(backends.replaced(name, "cpu", [kernel]))
+        forward, backward = gpu_proof.measure(call, "H100", timer)
     assert (forward["pass"], backward["pass"]) == ("forward", "backward")
     assert forward["kernel"] == "fake"
     native, eager = forward["measured_us"]["p50"], forward["eager_us"]

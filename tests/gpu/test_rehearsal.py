@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 import device_checks
@@ -16,19 +17,18 @@ every_case = pytest.mark.parametrize("index", range(len(case_ids())), ids=case_i
 
 
 @pytest.fixture
-def gpu(monkeypatch):
+def gpu():
     """The Triton kernels of CUDA, registered for the CPU instead of what is there."""
-    for op in backends.OPS:
-        for name in (op, f"{op}_backward"):
-            kernels = [
-                dataclasses.replace(kernel, device="cpu")
-                for kernel in backends.kernels_for(name, "cuda")
-                if kernel.run.__module__.startswith("fastdit.kernels.")
-            ]
-            backends.kernels_for(name, "cpu")
-            monkeypatch.setitem(backends._kernels, (name, "cpu"), kernels)
-    with VirtualGPU("sm_90") as gpu:
-        yield gpu
+    with contextlib.ExitStack() as replaced:
+        for op in backends.OPS:
+            for name in (op, f"{op}_backward"):
+                kernels = [
+                    dataclasses.replace(kernel, device="cpu")
+                    for kernel in backends.kernels_for(name, "cuda")
+                    if kernel.run.__module__.startswith("fastdit.kernels.")
+                ]
+                replaced.enter_context(backends.replaced(name, "cpu", kernels))
+        yield replaced.enter_context(VirtualGPU("sm_90"))
 
 
 def skip_without_a_kernel(index: int, dtype: torch.dtype) -> None:
