@@ -187,7 +187,9 @@ def main() -> None:
         peers = set(options.peers.split(","))
         functions, true, missing = candidates(name, batch, peers, options.threads)
         print(f"\n{name}, batch {batch}", flush=True)
-        errors = {n: float((f().double() - true).norm() / true.norm()) for n, f in functions.items()}
+        errors = {
+            n: float((f().double() - true).norm() / true.norm()) for n, f in functions.items()
+        }
         times = timed(functions, options.rounds)
         for who, seconds in times.items():
             ratios = sorted(a / b for a, b in zip(times["eager"], seconds, strict=True))
