@@ -103,10 +103,10 @@ def test_budgets_change_nothing(model):
 def test_conditioning_is_one_call_for_the_whole_schedule(model, monkeypatch):
     calls, compute = [], model.conditioning
     monkeypatch.setattr(model, "conditioning", lambda t, y: calls.append(len(t)) or compute(t, y))
-    Sampler(model, steps=7, solver="ddim")(LABELS, seed=0)
+    Sampler(model, steps=7, solver="ddim", native=False)(LABELS, seed=0)
     assert calls == [1, 7 * 3]  # a row to know its width; 7 steps of two classes and null
     calls.clear()
-    Sampler(model, steps=7, solver="ddim", chunk=1)(LABELS, seed=0)
+    Sampler(model, steps=7, solver="ddim", native=False, chunk=1)(LABELS, seed=0)
     assert calls == [1, 7 * 3]
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from fastdit.model import DiT
 from fastdit.sampler.conditioning import Conditioning
 from fastdit.sampler.conditions import Conditions
-from fastdit.sampler.denoiser import denoiser
+from fastdit.sampler.denoiser import denoiser, stand_in
 
 BUDGET = 2**30
 _OPTIONS = {"forward": set(), "forward_with_cfg": {"cfg_scale", "guided_channels"}}
@@ -89,9 +89,10 @@ def ahead(
     if distinct[0] < 0 or distinct[-1] > owner.num_classes - (not owner.guidable):
         return model  # which says what is wrong
     times = torch.tensor(timesteps, dtype=torch.int64, device=x.device)
-    rows = Conditioning(owner, times, Conditions(distinct, places, len(distinct)), BUDGET)
+    forward = stand_in(owner, None, None)
+    rows = Conditioning(forward, times, Conditions(distinct, places, len(distinct)), BUDGET)
     if not rows.steps:
         return model
-    run = denoiser(owner)
+    run = denoiser(owner, forward, required=False)
     call = run if name == "forward" else run.forward_with_cfg
     return Ahead(call, rows, places, kwargs)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from fastdit.backends import BackendError
@@ -16,30 +17,44 @@ from fastdit.native_forward import NativeForward
 Denoiser = Callable[..., Tensor]
 
 
-def denoiser(model: nn.Module, native: bool | None = None, quantize: str | None = None) -> Denoiser:
+def stand_in(model: nn.Module, native: bool | None, quantize: str | None) -> NativeForward | None:
+    """What may run in the model's place; a sampler keeps it, for it keeps the packed weights.
+
+    Args:
+        model: a DiT.
+        native: False is the model itself. True asks for the native forward, and is an error where
+            it does not fit; None takes it where it does: on CPUs, in float32.
+        quantize: numbers of its matrix products, see `fastdit.NativeForward`; None is float32.
+
+    Raises:
+        ValueError: `quantize` is unknown, or asked for with native=False.
+    """
+    if native is False:
+        if quantize is not None:
+            raise ValueError(
+                f"native: got False with quantize={quantize!r}, allowed is None or True"
+            )
+        return None
+    return NativeForward(model, quantize)
+
+
+def denoiser(model: nn.Module, forward: NativeForward | None, required: bool) -> Denoiser:
     """The forward that a sampler's steps call.
 
     Args:
         model: a DiT.
-        native: True asks for one native call of the whole model (`fastdit.NativeForward`), and is
-            an error where it cannot run; False is the model itself; None takes the native call on
-            CPUs where it can run.
-        quantize: see `fastdit.NativeForward`; None computes in the model's own numbers.
+        forward: its stand-in, or None.
+        required: whether the stand-in was asked for, with native=True or quantize.
 
     Raises:
-        BackendError: what was asked for cannot run this model here; the message says why.
+        BackendError: it was asked for and does not fit; the message says why.
     """
-    on_cpu = next(model.parameters()).device.type == "cpu"
-    if native is False and quantize is not None:
-        raise BackendError(
-            f"quantize={quantize!r}: only the native forward has it, not native=False"
-        )
-    if native is False or not (on_cpu or native or quantize is not None):
+    if forward is None:
         return model
-    forward = NativeForward(model) if quantize is None else NativeForward(model, quantize=quantize)
-    runs = forward.explain()
-    if not runs.startswith("the model: "):
-        return forward
-    if native or quantize is not None:
-        raise BackendError(f"native=True: no native forward: {runs.removeprefix('the model: ')}")
-    return model
+    if required:
+        with torch.no_grad():
+            why = forward.unfit()
+        if why is not None:
+            asked = f"quantize={forward.quantize!r}" if forward.quantize else "native=True"
+            raise BackendError(f"{asked}: the native forward does not fit: {why}")
+    return forward if next(model.parameters()).device.type == "cpu" else model

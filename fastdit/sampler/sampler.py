@@ -29,7 +29,7 @@ from fastdit.reference import TABLE_COLUMNS
 from fastdit.sampler import graphs, options
 from fastdit.sampler.conditioning import Conditioning
 from fastdit.sampler.conditions import Classes, Conditions, conditions
-from fastdit.sampler.denoiser import Denoiser, denoiser
+from fastdit.sampler.denoiser import denoiser, stand_in
 from fastdit.sampler.graphs import CapturedRun, Captures
 from fastdit.sampler.noise import sample_seeds
 from fastdit.sampler.plan import Plan
@@ -86,8 +86,9 @@ class Sampler:
         conditioning_budget: bytes for the conditioning rows computed ahead; 0 leaves them to the
             model in every step.
         graph: replay a CUDA graph of the step; None does where the model is on a GPU.
-        native: see `fastdit.sampler.denoiser`.
-        quantize: see there.
+        native: whether `fastdit.NativeForward` runs in the model's place: None where it fits (CPUs,
+            float32), True or an error, False never.
+        quantize: `"int8"` multiplies in 8 bits there; None does not.
 
     Raises:
         ValueError: an argument that does not fit, which is named.
@@ -134,10 +135,11 @@ class Sampler:
         self.clip = 1.0 if clip_denoised else None
         self.chunk = options.positive("chunk", chunk)
         self.conditioning_budget = options.budget(conditioning_budget)
-        self.graph, self.native, self.quantize = graph, native, quantize
+        self.graph = graph
+        self._forward = stand_in(model, native, quantize)
+        self._required = bool(native) or quantize is not None
         self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self._captures = Captures()
-        self._denoise: Denoiser | None = None
 
     def __call__(
         self,
@@ -231,7 +233,7 @@ class Sampler:
             fail("noise", f"{tuple(noise.shape)} on {noise.device}", f"(B, *{shape}) on {device}")
         table, times = self._on(device)
         recipe = Recipe(
-            self._denoiser(),
+            denoiser(self.model, self._forward, self._required),
             self.plan,
             table,
             times,
@@ -256,14 +258,6 @@ class Sampler:
                     run.hold(conditioning, step)
                     mover.advance(step)
                 yield part, step, run, before
-
-    def _denoiser(self) -> Denoiser:
-        """What the steps call. A native forward packs the weights once, and again when they change;
-        whether it can run is asked anew for each call of a model that moves."""
-        if self._denoise is None or self._denoise is self.model:
-            with torch.no_grad():
-                self._denoise = denoiser(self.model, self.native, self.quantize)
-        return self._denoise
 
     def _begin(
         self, recipe: Recipe, chunk: tuple, conditioning: Conditioning | None, captured: bool
@@ -292,7 +286,8 @@ class Sampler:
         if not self.conditioning_budget:
             return None
         reuse = self._captures.tables()
-        found = Conditioning(self.model, times, given, self.conditioning_budget, reuse)
+        model = self.model if self._forward is None else self._forward
+        found = Conditioning(model, times, given, self.conditioning_budget, reuse)
         if not found.steps:
             return None
         found.fill(0)
