@@ -48,7 +48,7 @@ def both(model, labels=LABELS, seed=None, **options):
         {"solver": "ddim", "eta": 1.0},
         {"solver": "dpm++"},
         {"solver": "dpm++", "chunk": 2},
-        {"solver": "ddpm", "chunk": 1, "conditioning_budget": 6 * 1920 * 4 * 4},
+        {"solver": "ddpm", "chunk": 1, "conditioning_budget": 2 * 1920 * 4 * 4},
         {"solver": "ddpm", "conditioning_budget": 0},
         {"solver": "dpm++", "guidance_interval": (200, 700)},
     ],
