@@ -12,9 +12,11 @@ COMMANDS = {
     "demo": "fastdit.commands.demo",
     "sample": "fastdit.commands.sample",
     "train": "fastdit.training",
+    "models": "fastdit.commands.models",
     "inspect": "fastdit.commands.inspect",
     "build": "fastdit.commands.build",
     "doctor": "fastdit.commands.doctor",
+    "bench": "fastdit.commands.bench",
     "gpu-proof": "fastdit.commands.gpu_proof",
 }
 """Each sub-command and the module with its `SUMMARY`, `add_arguments` and `run`."""

@@ -43,7 +43,10 @@ def grid(
             "allowed are at least 1 of each"
         )
     height, width = (scale * n for n in pixels.shape[1:3])
-    rows, left = -(-len(pixels) // columns), _LABEL_WIDTH if row_labels else 0
+    rows = -(-len(pixels) // columns)
+    font = ImageFont.load_default(min(20, max(9, height // 2)))
+    wide = max((font.getlength(label) for label in row_labels), default=0)
+    left = max(_LABEL_WIDTH, round(wide) + 10) if row_labels else 0
     top = _LABEL_HEIGHT if column_labels else 0
     size = (left + columns * (width + _GAP) + _GAP, top + rows * (height + _GAP) + _GAP)
     canvas = Image.new("RGB", size, "white")
@@ -52,7 +55,7 @@ def grid(
         tile = Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST)
         x, y = _GAP + column * (width + _GAP), _GAP + row * (height + _GAP)
         canvas.paste(tile, (left + x, top + y))
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(min(20, max(9, height // 2)))
+    draw = ImageDraw.Draw(canvas)
     for row, label in enumerate(row_labels):
         middle = (left // 2, top + _GAP + row * (height + _GAP) + height // 2)
         draw.text(middle, label, fill="black", font=font, anchor="mm")

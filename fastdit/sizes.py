@@ -35,6 +35,17 @@ def axes(name: str, value: int | tuple[int, ...], dims: int | None = None) -> Si
     return sizes
 
 
+def parse_axes(text: str) -> int | Size:
+    """`"2"` as a number, `"8,2"` as one for each axis, `"8,"` as one of a signal.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    if "," not in text:
+        return int(text)
+    return tuple(int(part) for part in text.split(",") if part)
+
+
 def grid(size: Size, patch: Size) -> Size:
     """Patches along each axis."""
     return tuple(n // p for n, p in zip(size, patch, strict=True))

@@ -21,6 +21,7 @@ from fastdit import data as datasets
 from fastdit.diffusion import create_diffusion
 from fastdit.flow import Transport, create_transport
 from fastdit.model import DiT, DiT_models
+from fastdit.sizes import resized
 
 OBJECTIVES = ("diffusion", "flow")
 SCHEDULES = ("constant", "cosine")
@@ -50,7 +51,10 @@ class TrainConfig:
 
     `model` is a name of `DiT_models`, or "custom" with `depth`, `hidden_size`, `num_heads` and
     `patch_size`; `design` holds fields of `fastdit.designs.Design`, and `unconditional` leaves the
-    labels out. `batch_size` samples make an update, `accumulate` of them at a time in turn.
+    labels out. `buckets` are sizes of images to train on together (`fastdit.buckets`). `flip`
+    mirrors images at random; signals have no mirror image.
+
+    `batch_size` samples make an update, `accumulate` of them at a time in turn.
 
     `objective` is "diffusion", the noise of 1000 steps, or "flow". The flow's options, from
     `path_type` to `time_scale`, are `fastdit.create_transport`'s; they say nothing of a diffusion.
@@ -63,8 +67,9 @@ class TrainConfig:
     depth: int = 3
     hidden_size: int = 96
     num_heads: int = 4
-    patch_size: int = 2
+    patch_size: int | tuple[int, ...] = 2
     image_size: int = 256
+    buckets: str = ""
     class_dropout_prob: float = 0.1
     learn_sigma: bool = True
     design: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -138,20 +143,33 @@ class TrainConfig:
 
 
 def build_model(config: TrainConfig, data: datasets.Dataset) -> DiT:
-    """The model of `config` for images of the data's shape and its classes."""
-    channels, height, width = data.shape
+    """The model of `config` for the data's shape and its classes or vectors.
+
+    Raises:
+        ValueError: the patch does not divide one of the data's sizes.
+    """
+    channels, *size = data.shape
     options: dict[str, Any] = {
-        "input_size": height if height == width else (height, width),
+        "input_size": size[0] if len(size) == 2 and size[0] == size[1] else tuple(size),
         "in_channels": channels,
         "num_classes": 0 if config.unconditional else data.num_classes,
         "class_dropout_prob": config.class_dropout_prob,
         "learn_sigma": config.learn_sigma,
         **config.design,
     }
+    if data.condition_dim and not config.unconditional:
+        options["condition_dim"] = data.condition_dim
+    shapes = getattr(data, "shapes", [data.shape])
+    if len(set(shapes)) > 1:
+        options["any_size"] = True
     if config.model != "custom":
-        return DiT_models[config.model](**options)
-    names = ("depth", "hidden_size", "num_heads", "patch_size")
-    return DiT(**options, **{name: getattr(config, name) for name in names})
+        model = DiT_models[config.model](**options)
+    else:
+        names = ("depth", "hidden_size", "num_heads", "patch_size")
+        model = DiT(**options, **{name: getattr(config, name) for name in names})
+    for shape in shapes:
+        resized("--data: a size", shape[1:], model.patch)
+    return model
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -170,7 +188,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
-        self.data = datasets.load_data(config.data, config.image_size)
+        self.data = datasets.load_data(config.data, config.image_size, config.buckets)
         self.device = torch.device(config.device)
         torch.manual_seed(config.seed)
         self.model = build_model(config, self.data).to(self.device).train()
@@ -193,7 +211,7 @@ class Trainer:
             group["lr"] = learning_rate(c, self.steps_done)
         total = 0.0
         for i in range(c.accumulate):
-            indices = datasets.order(len(self.data), c.seed, start + i * part, part)
+            indices = datasets.batch_order(self.data, c.seed, start + i * part, part)
             loss = self._loss(*self.data.batch(indices)) / c.accumulate
             self.scaler.scale(loss).backward()
             total += loss.item()
@@ -209,7 +227,7 @@ class Trainer:
 
     def _loss(self, x: Tensor, y: Tensor) -> Tensor:
         x, y = x.to(self.device), y.to(self.device)
-        if self.config.flip:
+        if self.config.flip and x.dim() == 4:
             x = torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x.flip(-1), x)
         amp = AMP[self.config.amp]
         with torch.autocast(self.device.type, amp, enabled=amp is not None):

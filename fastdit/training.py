@@ -19,13 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastdit import images
 from fastdit.backends import devices
 from fastdit.checkpoint import atomic_write, save_model
 from fastdit.commands import design_options
+from fastdit.data import order
 from fastdit.flow import transport_metadata
 from fastdit.sampling import sample
+from fastdit.sizes import parse_axes
 from fastdit.trainer import TrainConfig, Trainer
 
 SUMMARY = "train a DiT on a folder of images, an .npz file, or the digits"
@@ -137,11 +140,13 @@ def save_samples(trainer: Trainer, path: Path) -> None:
     run's seed without touching its generators."""
     model = trainer.average
     rows = min(10, model.num_classes)
-    classes = [label for label in range(rows) for _ in range(8)]
+    classes: Any = [label for label in range(rows) for _ in range(8)]
+    if model.design.condition_dim:
+        classes = trainer.data.batch(order(len(trainer.data), trainer.config.seed, 0, 64))[1]
     pixels = model.in_channels in (1, 3)
     out = sample(
         model,
-        classes or 64,
+        64 if len(classes) == 0 else classes,
         steps=20,
         cfg_scale=2.0 if model.guidable else 1.0,
         solver="heun" if trainer.transport else "dpm++",
@@ -149,10 +154,28 @@ def save_samples(trainer: Trainer, path: Path) -> None:
         clip_denoised=pixels and trainer.transport is None,
         transport=trainer.transport,
     )
+    if out.dim() == 3:
+        atomic_write(path, lambda temporary: plot_signals(out[:8], temporary))
+        return
     shown = out if pixels else out[:, :3] / out[:, :3].abs().amax()
     scale = max(1, 64 // out.shape[-1])
     labels = [str(row) for row in range(rows)]
     images.grid(images.to_uint8(shown), 8, scale=scale, row_labels=labels).save(path)
+
+
+def plot_signals(signals: Tensor, path: Path) -> None:
+    """`(B, C, L)` signals below each other, a line for each channel, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(len(signals), squeeze=False, figsize=(6, len(signals)))
+    for channels, row in zip(signals.float().cpu(), axes[:, 0], strict=True):
+        row.plot(channels.T, linewidth=0.8)
+        row.set_axis_off()
+    figure.savefig(path, format="png", dpi=120)
+    plt.close(figure)
 
 
 def plot_losses(losses: list[float], path: Path) -> None:
@@ -178,6 +201,7 @@ def plot_losses(losses: list[float], path: Path) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One option for each field of `TrainConfig`; what is not given is the data's default."""
     kinds = {"int": int, "float": float, "str": str, "float | None": float, "str | None": str}
+    kinds["int | tuple[int, ...]"] = parse_axes
     design_options.add_arguments(parser)
     for field in dataclasses.fields(TrainConfig):
         if field.name == "design":

@@ -14,21 +14,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastdit
-from fastdit import designs
+from fastdit import cli, designs
+from fastdit.commands.models import PAPER_DESIGNS, PAPER_SIZES
 from fastdit.designs import Design
 
-GFLOPS = {  # Peebles & Xie 2022, tables 4 and 9: patch 8, 4, 2
-    "S": (0.36, 1.41, 6.06),
-    "B": (1.42, 5.56, 23.01),
-    "L": (5.01, 19.70, 80.71),
-    "XL": (7.39, 29.05, 118.64),
-}
-DESIGNS = {  # Peebles & Xie 2022, table 4: trainable parameters in millions, Gflops
-    "in_context": (449, 119.37),
-    "cross_attention": (598, 137.62),
-    "adaln": (600, 118.56),
-    "adaln_zero": (675, 118.64),
-}
 every = pytest.mark.parametrize("name", VARIANTS)
 
 
@@ -46,20 +35,30 @@ def meta(name: str, **options) -> fastdit.DiT:
 # The paper's figures
 
 
-@pytest.mark.parametrize("size", GFLOPS)
+@pytest.mark.parametrize("size", PAPER_SIZES)
 def test_gflops_of_the_twelve_models(size):
-    for patch, paper in zip((8, 4, 2), GFLOPS[size], strict=True):
+    for patch, paper in PAPER_SIZES[size][1].items():
         found = meta(f"DiT-{size}/{patch}").flops() / 1e9
         assert found == pytest.approx(paper, rel=2.5e-4, abs=0.0055)  # printed with two decimals
 
 
-@pytest.mark.parametrize("conditioning", DESIGNS)
+@pytest.mark.parametrize("conditioning", PAPER_DESIGNS)
 def test_parameters_and_gflops_of_the_four_designs(conditioning):
     model = meta("DiT-XL/2", conditioning=conditioning)
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    millions, gflops = DESIGNS[conditioning]
+    millions, gflops = PAPER_DESIGNS[conditioning]
     assert round(count / 1e6) == millions
     assert model.flops() / 1e9 == pytest.approx(gflops, rel=2e-4)
+
+
+def test_the_command_prints_our_figures_beside_the_papers(capsys):
+    cli.main(["models"])
+    lines = [line.split("│") for line in capsys.readouterr().out.splitlines()]
+    rows = {cells[1].strip(): [c.strip() for c in cells[2:6]] for cells in lines if len(cells) > 5}
+    assert rows["DiT-XL/2"] == ["674.8", "675", "118.62", "118.64"]
+    assert rows["cross_attention"] == ["598.0", "598", "137.60", "137.62"]
+    assert rows["in_context"] == ["449.2", "449", "119.35", "119.37"]
+    assert {"preset literal", "preset lightningdit"} < set(rows)
 
 
 def test_gflops_of_512_pixels():
@@ -320,6 +319,32 @@ def test_guidance_with_the_null_condition(models, name):
         out = model.forward_with_cfg(*doubled, 2.0, guided_channels=channels)[:2, :channels]
         expected = dropped + 2 * (model(x, t, y) - dropped)
     torch.testing.assert_close(out, expected[:, :channels], rtol=1e-4, atol=1e-4)
+
+
+@every
+@torch.no_grad()
+def test_patching_leaves_them_alone_and_says_so(models, name):
+    model, args = models[name], inputs(models[name])
+    expected = model(*args)
+    handle = fastdit.patch(model)
+    report = handle.report()
+    assert not report.replaced
+    assert [(site.module, site.reason) for site in report.skipped] == [
+        ("DiT", "runs the ops already")
+    ]
+    assert torch.equal(model(*args), expected)
+    handle.undo()
+
+
+@every
+@torch.no_grad()
+def test_the_native_forward_runs_them_or_says_why_not(models, name):
+    model, args = models[name], inputs(models[name])
+    native = fastdit.NativeForward(model)
+    torch.testing.assert_close(native(*args), model(*args), rtol=1e-4, atol=1e-4)
+    if native.reason is not None and "compiler" not in native.reason:
+        field = native.reason.split()[0]
+        assert getattr(model.design, field) != getattr(designs.PUBLISHED, field), native.reason
 
 
 @every

@@ -10,11 +10,27 @@ from torch import Tensor
 
 from fastdit.flow.guidance import Guidance
 from fastdit.flow.sampler import Sampler
+from fastdit.flow.tables import Plan
 from fastdit.flow.transport import Transport
 from fastdit.ops import _checks
 
 SOLVERS = ("euler", "heun", "dopri5", "sde")
 """`sde` is Euler-Maruyama with w = σ and Mean as its last step, the published script's choice."""
+
+
+def solver_plan(transport: Transport, solver: str, steps: int) -> Plan:
+    """The rows of a fixed-step solver, `steps` of equal length in time: `euler` and `sde` have one
+    evaluation in each, `heun` two."""
+    if solver not in SOLVERS or solver == "dopri5":
+        allowed = ", ".join(map(repr, SOLVERS))
+        _checks.fail("solver", repr(solver), f"{allowed} with a transport")
+    least = 3 if solver == "sde" else 1
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < least:
+        _checks.fail("steps", repr(steps), f"an int >= {least} with solver={solver!r}")
+    sampler = Sampler(transport)
+    if solver == "sde":
+        return sampler.sde_plan("Euler", steps, diffusion_form="sigma", last_step_size=1 / steps)
+    return sampler.ode_plan(solver, steps + 1)
 
 
 def draw(
@@ -31,31 +47,19 @@ def draw(
 ) -> Tensor:
     """Samples like `z`, the start noise, for the condition `y` that the model is called with.
 
-    `steps` are the solver's, of equal length in time: `euler` calls the model once in each, `heun`
-    twice; `dopri5` takes the steps that its tolerances want instead, and cannot be observed.
+    `steps` are `solver_plan`'s; `dopri5` takes the steps that its tolerances want instead, and
+    cannot be observed.
     """
-    if solver not in SOLVERS:
-        allowed = ", ".join(map(repr, SOLVERS))
-        _checks.fail("solver", repr(solver), f"{allowed} with a transport")
-    if not isinstance(steps, int) or steps < 1:
-        _checks.fail("steps", repr(steps), "an int >= 1")
-    sampler = Sampler(transport)
     if solver == "dopri5":
         if observe is not None:
             _checks.fail("observe", "a function", "None with solver='dopri5'")
-        sample = sampler.sample_ode(num_steps=2, guidance=guidance)
+        sample = Sampler(transport).sample_ode(num_steps=2, guidance=guidance)
         return sample(z, model, y=y)[-1]
-    if solver == "sde":
-        if steps < 3:
-            _checks.fail("steps", steps, "an int >= 3 with solver='sde'")
-        options: dict[str, Any] = {"diffusion_form": "sigma", "last_step_size": 1 / steps}
-        plan = sampler.sde_plan("Euler", steps, **options)
-    else:
-        plan = sampler.ode_plan(solver, steps + 1)
+    plan = solver_plan(transport, solver, steps)
     scaled = None
     if observe is not None:
         scaled = lambda t, *rest: observe(t * transport.time_scale, *rest)  # noqa: E731
-    states = sampler.states(plan, z, model, {"y": y}, guidance, torch.randn_like, scaled)
+    states = Sampler(transport).states(plan, z, model, {"y": y}, guidance, torch.randn_like, scaled)
     if progress:
         from tqdm.auto import tqdm
 

@@ -22,11 +22,13 @@ from torch import Tensor
 
 from fastdit import ops
 from fastdit.diffusion import SPACINGS, GaussianDiffusion, create_diffusion
+from fastdit.flow import Transport
 from fastdit.model import DiT
 from fastdit.ops._checks import fail
 from fastdit.reference import TABLE_COLUMNS
 from fastdit.sampler.conditioning import Conditioning
 from fastdit.sampler.denoiser import denoiser
+from fastdit.sampler.flow import flow_plan
 from fastdit.sampler.graphs import CapturedRun, Captures, parameter_storage
 from fastdit.sampler.noise import sample_seeds
 from fastdit.sampler.plan import DIFFUSION_SOLVERS, Plan, diffusion_plan
@@ -60,7 +62,8 @@ class Sampler:
     Args:
         model: in eval mode; samples are made on its device, in its dtype. Its parameters may change
             between calls, and move.
-        solver: `"ddpm"` (ancestral, the default), `"ddim"` or `"dpm++"` (DPM-Solver++).
+        solver: `"ddpm"` (ancestral, the default), `"ddim"` or `"dpm++"` (DPM-Solver++); with a
+            transport see `fastdit.sampler.flow`.
         steps: evaluations of the model (default 250).
         spacing: of the timesteps: `"uniform"` (the published, the default), `"logsnr"` or
             `"karras"`; see `fastdit.diffusion.spacing`.
@@ -74,6 +77,8 @@ class Sampler:
         guidance_interval: guide only where the timestep lies in `(low, high)`, ends included. The
             other steps run the model on B rows instead of 2B.
         clip_denoised: clamp each predicted x0 to [−1, 1]; for models of pixels.
+        transport: of a model trained by flow matching; its guidance interval is in [0, 1], noise
+            to data. It has no `spacing`, `diffusion`, `eta`, `order` or `clip_denoised`.
         chunk: samples at a time; a larger call is cut into equal chunks. None takes all at once.
         conditioning_budget: bytes for the conditioning rows computed ahead; 0 leaves them to the
             model in every step.
@@ -99,6 +104,7 @@ class Sampler:
         guided_channels: int | None = None,
         guidance_interval: tuple[float, float] | None = None,
         clip_denoised: bool = False,
+        transport: Transport | None = None,
         chunk: int | None = None,
         conditioning_budget: int = GIBIBYTE,
         graph: bool | None = None,
@@ -109,8 +115,13 @@ class Sampler:
         self.guided_channels = _guided_channels(model, cfg_scale, guided_channels)
         self.cfg_scale = cfg_scale
         interval = _interval(guidance_interval)
-        diffusion = _schedule(model, diffusion, steps, spacing)
-        plan = diffusion_plan(diffusion, solver or DIFFUSION_SOLVERS[0], eta, order)
+        if transport is None:
+            diffusion = _schedule(model, diffusion, steps, spacing)
+            plan = diffusion_plan(diffusion, solver or DIFFUSION_SOLVERS[0], eta, order)
+        else:
+            _no_diffusion(spacing=spacing, diffusion=diffusion, eta=eta or None, clip=clip_denoised)
+            plan = flow_plan(transport, solver, steps)
+            interval = interval and tuple(t * transport.time_scale for t in interval)
         if cfg_scale != 1 and self.guided_channels:
             plan = plan.with_guidance(cfg_scale, interval)
         self.plan: Plan = plan
@@ -335,6 +346,13 @@ def _schedule(
     steps = _positive("steps", 250 if steps is None else steps)
     prefix = "" if spacing == "uniform" else spacing
     return create_diffusion(f"{prefix}{steps}", learn_sigma=model.learn_sigma)
+
+
+def _no_diffusion(**options: Any) -> None:
+    """A flow has none of these: each is None or False."""
+    for name, value in options.items():
+        if value:
+            fail("clip_denoised" if name == "clip" else name, repr(value), "none with a transport")
 
 
 def _guided_channels(model: DiT, cfg_scale: float, channels: int | None) -> int:
