@@ -1,26 +1,23 @@
 """bias_gelu and its backward: a bias and the tanh form of GELU, at four times the width.
 
-    pytest benchmarks/bench_bias_gelu.py --benchmark-group-by=param:case
-    python benchmarks/bench_bias_gelu.py [--threads 2] [--rounds 31] [--compile]
-
-The second form prints a table. `copy` copies the bytes that the op must move.
+pytest benchmarks/bench_bias_gelu.py --benchmark-only
+python benchmarks/bench_bias_gelu.py [--threads 1] [--subset full] [--only backward]
 """
 
 from __future__ import annotations
 
-import torch
-from rows import CASES, Benchmark
-
-from fastdit import ops, reference
+from harness.op_benchmark import OpBenchmark, random
+from harness.running import main, tests
 
 
-def inputs(shape, dtype):
-    wide = (*shape[:-1], 4 * shape[-1])
-    return [torch.randn(wide).to(dtype), torch.randn(wide[-1]).to(dtype)]
+def inputs(size, dtype, device):
+    width = 4 * size.width
+    x = random(size.batch, size.tokens, width, dtype=dtype, device=device)
+    return [x, random(width, dtype=dtype, device=device)]
 
 
-BENCHMARK = Benchmark(ops.bias_gelu, reference.bias_gelu, inputs, (2, 3), CASES)
-test_forward, test_backward = BENCHMARK.tests()
+cases = OpBenchmark("bias_gelu", inputs).cases
+test_bias_gelu = tests(cases)
 
 if __name__ == "__main__":
-    BENCHMARK.main(__doc__.partition("\n")[0])
+    main(cases)

@@ -1,26 +1,22 @@
 """gated_residual and its backward: x + gate·y.
 
-    pytest benchmarks/bench_gated_residual.py --benchmark-group-by=param:case
-    python benchmarks/bench_gated_residual.py [--threads 2] [--rounds 31] [--compile]
-
-The second form prints a table. `copy` copies the bytes that the op must move.
+pytest benchmarks/bench_gated_residual.py --benchmark-only
+python benchmarks/bench_gated_residual.py [--threads 1] [--subset full] [--only backward]
 """
 
 from __future__ import annotations
 
-import torch
-from rows import CASES, Benchmark, modulation
-
-from fastdit import ops, reference
+from harness.op_benchmark import OpBenchmark, modulation, random
+from harness.running import main, tests
 
 
-def inputs(shape, dtype):
-    streams = [torch.randn(shape).to(dtype) for _ in range(2)]
-    return [*streams, *modulation(shape, dtype, 1)]
+def inputs(size, dtype, device):
+    x, y = (random(*size.stream, dtype=dtype, device=device) for _ in range(2))
+    return [x, y, *modulation(size, dtype, device, 1)]
 
 
-BENCHMARK = Benchmark(ops.gated_residual, reference.gated_residual, inputs, (3, 3), CASES)
-test_forward, test_backward = BENCHMARK.tests()
+cases = OpBenchmark("gated_residual", inputs).cases
+test_gated_residual = tests(cases)
 
 if __name__ == "__main__":
-    BENCHMARK.main(__doc__.partition("\n")[0])
+    main(cases)

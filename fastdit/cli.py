@@ -16,6 +16,7 @@ COMMANDS = {
     "inspect": "fastdit.commands.inspect",
     "build": "fastdit.commands.build",
     "doctor": "fastdit.commands.doctor",
+    "bench": "fastdit.commands.bench",
     "gpu-proof": "fastdit.commands.gpu_proof",
 }
 """Each sub-command and the module with its `SUMMARY`, `add_arguments` and `run`."""

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastdit.checkpoint_files import atomic_write
 from fastdit.data import load_digits
 from fastdit.flow import Transport, load_transport
 from fastdit.sampling import sample
@@ -107,6 +108,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50, help="solver steps (default 50)")
     parser.add_argument("--solver", help="default ddim, of a flow heun")
     parser.add_argument("--seed", type=int, default=0, help="default 0")
+    parser.add_argument("--out", type=Path, help="also write the JSON there")
     args = parser.parse_args()
     from fastdit.checkpoint import load_model
 
@@ -116,7 +118,10 @@ def main() -> None:
     given = options | {"transport": transport}
     figures = {f"guidance {scale:g}": recognition(model, scale, **given) for scale in (1.0, 2.0)}
     held_out = Reader().held_out
-    print(json.dumps({"held_out": held_out, "recognised": figures, **options}, indent=1))
+    text = json.dumps({"held_out": held_out, "recognised": figures, **options}, indent=1)
+    print(text)
+    if args.out is not None:
+        atomic_write(args.out, lambda path: path.write_text(text + "\n"))
 
 
 if __name__ == "__main__":

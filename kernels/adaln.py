@@ -20,7 +20,7 @@ from fastdit.backends import Kernel
 from fastdit.kernels import rows
 from fastdit.kernels.launch import on_device
 from fastdit.kernels.row_gradients import row_gradients
-from fastdit.kernels.rows import load, normalise, store_modulated
+from fastdit.kernels.rows import Tile, load, normalise, store_modulated
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -51,12 +51,15 @@ def adaln(x, shift, scale, weight, bias, eps, norm, plus_one) -> tuple[Tensor, T
     mean, rstd = rows.empty_statistics(x, norm)
     if x.numel() == 0:
         return out, mean, rstd
-    with on_device(x):
-        tile = rows.forward_tile(x)
+
+    def run(tile: Tile) -> None:
         adaln_kernel[(x.shape[0] * x.shape[1],)](
             x, rows.view(shift), rows.view(scale), weight, bias, out, mean, rstd, x.shape[1], eps,
             x.shape[2], tile.main, tile.tail, norm == "layer", plus_one, **tile.options,
         )  # fmt: skip
+
+    with on_device(x):
+        rows.launch("adaln", x, rows.forward_tile(x), run, norm)
     return out, mean, rstd
 
 

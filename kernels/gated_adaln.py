@@ -19,7 +19,7 @@ from fastdit.backends import Kernel
 from fastdit.kernels import rows
 from fastdit.kernels.launch import on_device
 from fastdit.kernels.row_gradients import row_gradients
-from fastdit.kernels.rows import gated_sum, normalise, store, store_modulated
+from fastdit.kernels.rows import Tile, gated_sum, normalise, store, store_modulated
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -56,13 +56,16 @@ def gated_adaln(
     mean, rstd = rows.empty_statistics(x, norm)
     if x.numel() == 0:
         return h, out, mean, rstd
-    with on_device(x):
-        tile = rows.forward_tile(x)
+
+    def run(tile: Tile) -> None:
         gated_adaln_kernel[(x.shape[0] * x.shape[1],)](
             x, y, rows.view(gate), rows.view(shift), rows.view(scale), weight, bias, h, out, mean,
             rstd, x.shape[1], eps, x.shape[2], tile.main, tile.tail, norm == "layer", plus_one,
             **tile.options,
         )  # fmt: skip
+
+    with on_device(x):
+        rows.launch("gated_adaln", x, rows.forward_tile(x), run, norm)
     return h, out, mean, rstd
 
 

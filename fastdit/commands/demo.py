@@ -7,15 +7,18 @@ same loop on the eager reference, in turns, so that both see the same machine.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from fastdit import backends, images
+from fastdit.checkpoint_files import atomic_write
 from fastdit.commands.sample import load, transport_of
 from fastdit.flow import sampling as flow_sampling
 from fastdit.model import DiT
@@ -38,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="default 0")
     add("--device", default=None, help="default: the accelerator, else the CPU")
     add("--rounds", type=int, default=3, help="timed rounds of each (default 3)")
+    add("--json", type=Path, help="also write the timing there")
 
 
 def _timed(model: DiT, backend: str, steps: int, options: dict) -> float:
@@ -80,6 +84,22 @@ def report(device: str, steps: int, rates: dict[str, list[float]]) -> Table:
     return table
 
 
+def record(device: str, steps: int, rates: dict[str, list[float]]) -> dict[str, Any]:
+    """The timing as plain data: images per second of each backend, and the ratio of the pairs."""
+    ratios = [a / b for a, b in zip(rates["auto"], rates["reference"], strict=True)]
+
+    def spread(values: list[float]) -> dict[str, float]:
+        return {"median": statistics.median(values), "least": min(values), "most": max(values)}
+
+    return {
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "steps": steps,
+        "images_per_second": {name: spread(values) for name, values in rates.items()},
+        "ratio": spread(ratios),
+    }
+
+
 def run(args: argparse.Namespace) -> None:
     """Sample, write the picture, print what ran."""
     console = Console()
@@ -98,3 +118,6 @@ def run(args: argparse.Namespace) -> None:
     console.print(f"timing {args.rounds} rounds of {short} steps each ...")
     rates = throughput(model, short, args.rounds, options)
     console.print(report(device, short, rates))
+    if args.json is not None:
+        text = json.dumps(record(device, short, rates), indent=1) + "\n"
+        atomic_write(args.json, lambda path: path.write_text(text))

@@ -2,7 +2,8 @@
 
 Runs `pytest -m gpu` (every op and option against float64, determinism, CUDA graphs, torch.compile)
 and then times every native op, forward and backward, at a DiT's size, each beside eager PyTorch.
-Everything is written to one JSON file under benchmarks/results/: share it.
+Everything is written to one JSON file under benchmarks/results/: share it. `fastdit bench
+--gpu-proof` does this and then benchmarks whole models as well.
 
 Run it in a checkout of the repository. Without a GPU, `--dry-run` does all of it up to the first
 launch: it collects the tests, builds the calls, compiles the Triton kernels and predicts.
@@ -40,14 +41,15 @@ Timer = Callable[[Callable[[], Any]], tuple[float, float, float]]
 """Runs a function often; its times in µs at the 20th, 50th and 80th percentile."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's options."""
+def add_arguments(parser: argparse.ArgumentParser | argparse._ArgumentGroup, out=True) -> None:
+    """Declare the command's options; `fastdit bench` has an `--out` of its own."""
     add = parser.add_argument
     add("--size", choices=SIZES, default="XL", help="DiT size (default XL)")
     add("--batch", type=int, default=32, help="samples (default 32)")
     add("--dtype", choices=DTYPES, default="bf16", help="default bf16")
     add("--gpu", help="the data sheet to predict with (default: this GPU's; H100 in a dry run)")
-    add("--out", type=Path, help=f"default {RESULTS}/gpu-proof-<gpu>-<time>.json")
+    if out:
+        add("--out", type=Path, help=f"default {RESULTS}/gpu-proof-<gpu>-<time>.json")
     add("--skip-tests", action="store_true", help="only time")
     add("--dry-run", action="store_true", help="everything up to the first launch; no GPU needed")
 
@@ -60,8 +62,10 @@ def data_sheet(device_name: str) -> str | None:
     return next((name for name in GPUS if set(name.split()) <= words), None)
 
 
-def run_tests(collect_only: bool) -> dict[str, int]:
+def run_tests(collect_only: bool, seconds: float | None = None) -> dict[str, int]:
     """`pytest -m gpu`: how many tests ended how; in a dry run, how many there are.
+
+    After `seconds` the tests are stopped, and `{"unfinished": 1}` is all that is known.
 
     Raises:
         FileNotFoundError: the working directory is no checkout of the repository.
@@ -74,9 +78,11 @@ def run_tests(collect_only: bool) -> dict[str, int]:
     if importlib.util.find_spec("pytest") is None:
         raise ValueError("pytest is not installed: pip install -e '.[test]', or use --skip-tests")
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", str(TESTS)]
-    done = subprocess.run(
-        [*command, "--collect-only"] if collect_only else command, capture_output=True, text=True
-    )
+    command += ["--collect-only"] if collect_only else []
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return {"unfinished": 1}
     last = done.stdout.strip().splitlines()[-1:] or [done.stderr.strip()]
     counts = {word: int(n) for n, word in re.findall(r"(\d+)(?:/\d+)? ([a-z]+)", last[0])}
     counts = {k: n for k, n in counts.items() if k in ("passed", "failed", "skipped", "tests")}
@@ -194,24 +200,25 @@ def dry_run(args: argparse.Namespace, console: Console) -> None:
     console.print("dry run: stopped before the first launch; nothing was measured or written")
 
 
-def run(args: argparse.Namespace) -> None:
-    """Test, time, print and write."""
-    console = Console(width=max(100, Console().width))
-    if args.dry_run:
-        return dry_run(args, console)
+def prove(
+    args: argparse.Namespace, console: Console, seconds_of_tests: float | None = None
+) -> dict[str, Any]:
+    """Test and time; the record.
+
+    Raises:
+        ValueError: there is no CUDA device.
+    """
     if not torch.cuda.is_available():
         raise ValueError("no CUDA device here; --dry-run does everything up to the first launch")
     name = torch.cuda.get_device_name()
     gpu = args.gpu or data_sheet(name)
-    tests = {} if args.skip_tests else run_tests(collect_only=False)
+    tests = {} if args.skip_tests else run_tests(False, seconds_of_tests)
     console.print(f"{name}: tests {tests or 'skipped'}")
     calls = workloads(args.size, args.batch, dtype=DTYPES[args.dtype])
     rows = [row for call in calls for row in measure(call, gpu, bench)]
     console.print(report(rows, f"DiT-{args.size}, batch {args.batch} on {name}"))
     now = datetime.datetime.now(datetime.timezone.utc)
-    slug = re.sub(r"\W+", "-", name.lower()).strip("-")
-    path = args.out or RESULTS / f"gpu-proof-{slug}-{now:%Y%m%d-%H%M%S}.json"
-    result = {
+    return {
         "gpu": name,
         "data_sheet": gpu,
         "capability": torch.cuda.get_device_capability(),
@@ -221,10 +228,26 @@ def run(args: argparse.Namespace) -> None:
         "tests": tests,
         "rows": rows,
     }
+
+
+def proof_path(result: dict[str, Any]) -> Path:
+    """Where a record goes if nothing else is asked for."""
+    slug = re.sub(r"\W+", "-", result["gpu"].lower()).strip("-")
+    stamp = re.sub(r"\D", "", result["time"])[:14]
+    return RESULTS / f"gpu-proof-{slug}-{stamp[:8]}-{stamp[8:]}.json"
+
+
+def run(args: argparse.Namespace) -> None:
+    """Test, time, print and write."""
+    console = Console(width=max(100, Console().width))
+    if args.dry_run:
+        return dry_run(args, console)
+    result = prove(args, console)
+    path = args.out or proof_path(result)
     text = json.dumps(result, indent=1) + "\n"
     atomic_write(path, lambda temporary: temporary.write_text(text))
     console.print(f"wrote {path}")
-    if tests.get("failed"):
+    if result["tests"].get("failed"):
         raise SystemExit(1)
     return None
 

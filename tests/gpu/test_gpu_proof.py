@@ -96,7 +96,9 @@ def test_a_run_writes_one_file(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(gpu_proof, "run_tests", lambda collect_only: {"passed": 3, "failed": 1})
+    monkeypatch.setattr(
+        gpu_proof, "run_tests", lambda collect_only, seconds: {"passed": 3, "failed": 1}
+    )
     on_cpu = workloads("S", 1, latent=4, device="cpu")[-2:]
     monkeypatch.setattr(gpu_proof, "workloads", lambda *_args, **_kwargs: on_cpu)
     monkeypatch.setattr(gpu_proof, "bench", lambda function: (function(), (1.0, 2.0, 3.0))[1])

@@ -34,6 +34,8 @@ MUTATIONS: list[tuple[str, str, str]] = [
     (BACKWARD, "tl.store(delta_ptr + statistics, delta", "tl.store(delta_ptr + statistics, lse"),
     (BACKWARD, "dot_rows(k, q) * scale_log2 - lse[None, :]", "dot_rows(k, q) * scale_log2"),
     (BACKWARD, "scaled_tile(dq, scale)", "scaled_tile(dq, scale_log2)"),
+    (TILES, "if FLIP:", "if False:"),
+    (TILES, "max(abs(scale), LEAST_SCALE)", "abs(scale)"),
     (BACKWARD, "dk = scaled_tile(dk, scale)", "dk = scaled_tile(dk, 1.0)"),
     (BACKWARD, "inside = first + keys < N", "inside = first + keys < N - 1"),
     (BACKWARD, 'tl.where(present[None, :], scores, float("-inf"))', "scores"),

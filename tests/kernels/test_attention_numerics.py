@@ -43,6 +43,9 @@ CASES = [
     Case(128, 1, 66, BF16, strided=True),
     Case(72, 3, 1, BF16, batch=3),
     Case(64, 2, 1, FP32),
+    Case(40, 1, 37, FP16, scale=-0.3),
+    Case(16, 1, 37, FP32, scale=-0.5),
+    Case(16, 1, 37, BF16, scale=0.0),
     # QK-norm and RoPE.
     Case(72, 1, 37, BF16, batch=2, qk_norm="layer", affine=True, rope="adjacent"),
     Case(64, 2, 70, FP16, qk_norm="rms", affine=True, strided=True),
