@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from fastdit import backends, native
+from fastdit import backends, native, sizes
 from fastdit.native_weights import Packed, Unfit
 
 QUANTIZE = (None, "int8")
@@ -149,7 +149,7 @@ class NativeForward:
             self.reason = str(why)
             return self.model(x, t, y, force_drop_ids, conditioning=conditioning)
         self.reason = None
-        self.model._check_inputs(x, t, y, conditioning)
+        sizes.check_inputs(self.model, x, t, y, conditioning)
         if conditioning is None:
             conditioning = self._rows(packed, t, y, force_drop_ids)
         return packed.forward(x, conditioning)
