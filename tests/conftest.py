@@ -13,7 +13,8 @@ import pytest
 def pytest_cmdline_main(config: pytest.Config) -> None:
     options = config.option
     whole = config.args_source == config.ArgsSource.TESTPATHS
-    parts = options.keyword or options.markexpr or options.collectonly or options.usepdb
+    marked = options.markexpr not in ("", "not slow")  # the latter is pyproject.toml's
+    parts = options.keyword or marked or options.collectonly or options.usepdb
     if not config.pluginmanager.hasplugin("xdist") or options.numprocesses is not None:
         return
     if "PYTEST_XDIST_WORKER" in os.environ:  # a worker comes by here too, and starts none
