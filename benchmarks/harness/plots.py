@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from harness.drawing import INK, colour, figure_of
+from harness.drawing import INK, colour, figure_of, plain_numbers
 from harness.measure import Result
 from harness.problem import COPY, EAGER, OURS
 from harness.results import best_of_ours, columns_of, measured, significant
@@ -22,60 +22,60 @@ def label_of(r: Result) -> str:
 
 
 def speedups(results: list[Result]) -> str | None:
-    """Bars of every measured column's speed over eager, with the range of its turns."""
+    """Bars of every measured column's speed over eager, with the range of its turns: right of the
+    line is faster, left of it slower, and twice is as far as half."""
     shown = [r for r in results if measured(r, best_of_ours(r))]
-    columns = [c for c in columns_of(shown) if c not in NOT_COMPARED]
-    columns = [c for c in columns if any(measured(r, c) for r in shown)]
     if not shown:
         return None
-    counts = [sum(measured(r, c) is not None for c in columns) for r in shown]
-    height = 0.24 * sum(counts) + 0.16 * len(shown) + 0.9
-    largest = max(
-        measured(r, c)["speedup"]["median"] for r in shown for c in columns if measured(r, c)
-    )
+    columns = [c for c in columns_of(shown) if c not in NOT_COMPARED]
+    bars = [
+        (r, [(c, row["speedup"]) for c in columns if (row := measured(r, c)) is not None])
+        for r in shown
+    ]
+    height = 0.24 * sum(len(several) for _, several in bars) + 0.16 * len(bars) + 0.9
+    every = [s for _, several in bars for _, s in several]
+    low = min(0.8, *(s["least"] for s in every))
+    high = max(2.0, *(s["most"] for s in every))
     with figure_of(8.6, height) as (figure, axes, found):
         at, ticks = 0.0, []
         seen: dict[str, Any] = {}
-        for r, count in zip(shown, counts, strict=True):
-            ticks.append((at + (count - 1) / 2, label_of(r)))
-            for index, column in enumerate(columns):
-                row = measured(r, column)
-                if row is None:
-                    continue
-                s = row["speedup"]
-                spread = [[s["median"] - s["least"]], [s["most"] - s["median"]]]
+        for r, several in bars:
+            ticks.append((at + (len(several) - 1) / 2, label_of(r)))
+            for column, s in several:
+                middle = s["median"]
                 bar = axes.barh(
                     at,
-                    s["median"],
+                    middle - 1,
                     0.86,
-                    color=colour(column, index),
-                    xerr=spread,
+                    left=1,
+                    color=colour(column, columns.index(column)),
+                    xerr=[[middle - s["least"]], [s["most"] - middle]],
                     error_kw={"ecolor": "#00000055", "elinewidth": 1},
                 )
                 seen.setdefault(column, bar)
-                weight = "bold" if column.startswith(OURS) else "normal"
                 axes.text(
-                    min(s["most"], 1.15 * largest) + 0.01 * largest,
+                    1.03 * max(s["most"], 1.0),
                     at,
-                    f"{significant(s['median'])}×",
+                    f"{significant(middle)}×",
                     va="center",
                     fontsize=8,
-                    weight=weight,
+                    weight="bold" if column.startswith(OURS) else "normal",
                 )
                 at += 1
             at += 0.7
-        axes.axvline(1, color=INK, linewidth=1, linestyle=(0, (3, 2)))
+        axes.axvline(1, color=INK, linewidth=1)
+        axes.set_xscale("log", base=2)
+        axes.set_xlim(low / 1.05, high * 1.35)
+        powers = [2.0**n for n in range(-4, 10) if low / 1.05 <= 2.0**n <= high * 1.35]
+        axes.set_xticks(powers, [f"{significant(p)}×" for p in powers])
         axes.set_yticks([y for y, _ in ticks], [label for _, label in ticks], fontsize=8)
         axes.tick_params(axis="y", length=0)
         axes.set_ylim(at - 0.2, -0.9)
-        axes.set_xlim(0, 1.22 * largest)
         axes.grid(axis="x")
-        axes.set_xlabel(
-            "speed over eager PyTorch (the dashed line); whiskers: least and most of the turns"
-        )
+        axes.set_xlabel("speed over eager PyTorch; whiskers: least and most of the turns")
         figure.legend(
-            seen.values(),
-            seen.keys(),
+            [seen[c] for c in columns if c in seen],
+            [c for c in columns if c in seen],
             loc="outside upper left",
             ncols=5,
             fontsize=8,
@@ -186,6 +186,8 @@ def roofline(run: Run) -> str | None:
             xlabel="flop per byte moved, counted",
             ylabel="GFLOP/s",
         )
+        plain_numbers(axes.xaxis)
+        plain_numbers(axes.yaxis)
         axes.grid()
     return found[0]
 
