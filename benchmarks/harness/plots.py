@@ -165,10 +165,12 @@ def roofline(run: Run) -> str | None:
                     color=colour(column) if column != EAGER else "white",
                     edgecolors=colour(column),
                 )
+            if r["what"] == "backward":  # beside the forward's and both's, under their labels
+                continue
             axes.annotate(
                 f"{r['name']}, {r['what']}, {r['size']}" if r["level"] != "model" else r["size"],
                 (x, y / 1e9),
-                xytext=(6, 3),
+                xytext=(6, -9 if r["what"] == "both" else 4),
                 textcoords="offset points",
                 fontsize=7,
             )
@@ -199,8 +201,10 @@ def scaling(run: Run) -> str | None:
         groups: dict[tuple[str, Any], list[Result]] = {}
         for r in run["results"]:
             if r[axis] and r[other] and r["what"] == "forward" and r["level"] in ("op", "model"):
-                kind = r["name"] if r["level"] == "op" else r["size"].split(",")[0]
-                groups.setdefault((f"{kind}, {r[other]} {other}", r["level"]), []).append(r)
+                of_op = f"{r['name']}, width {r.get('width')}"
+                kind = of_op if r["level"] == "op" else r["size"].rpartition(",")[0]
+                fixed = f"{r[other]} tokens" if other == "tokens" else f"batch {r[other]}"
+                groups.setdefault((f"{kind}, {fixed}", r["level"]), []).append(r)
         several = {
             key: sorted(rs, key=lambda r: r[axis])
             for key, rs in groups.items()
@@ -214,19 +218,20 @@ def scaling(run: Run) -> str | None:
         for ax, (axis, several) in zip(axes if len(panels) > 1 else [axes], panels, strict=True):
             for (label, _), rs in several.items():
                 xs = [r[axis] for r in rs]
-                for column, style in ((EAGER, "o--"), (None, "o-")):
+                for column, style in ((None, "o-"), (EAGER, "o--")):
                     rows = [measured(r, column or best_of_ours(r)) for r in rs]
                     ys = [1e3 * row["seconds"]["median"] for row in rows]
                     ax.plot(xs, ys, style, color=colour(column or "fastdit"), ms=4, lw=1.4)
                 ax.annotate(
                     label,
                     (xs[-1], ys[-1]),
-                    xytext=(0, -11),
+                    xytext=(0, 8),
                     textcoords="offset points",
                     fontsize=7,
                     ha="right",
-                    va="top",
+                    va="bottom",
                 )
+            ax.margins(y=0.12)
             ax.set(xscale="log", yscale="log", xlabel=axis, ylabel="ms")
             ax.set_title(f"over {axis}: solid fastdit, dashed eager", fontsize=10, loc="left")
             ax.grid()
@@ -254,9 +259,10 @@ def memory(run: Run) -> str | None:
                     value = measured(r, column).get(key) if measured(r, column) else None
                     if value is None or not whole:
                         continue
-                    axes.barh(y + shift, value / whole, 0.36, color=colour(column))
+                    share = min(value / whole, 1.2)  # a longer bar would leave the picture
+                    axes.barh(y + shift, share, 0.36, color=colour(column))
                     axes.text(
-                        value / whole + 0.02,
+                        share + 0.02,
                         y + shift,
                         f"{significant(value / 1e6)} MB",
                         va="center",
