@@ -37,6 +37,9 @@ _LAZY = {
 }
 """What only some programs need, and the module that is imported when it is first asked for."""
 
+_MODULES = ("diffusers", "hub", "nn", "patching", "published")
+"""Modules that are imported when they are first asked for, as `fastdit.nn`."""
+
 __all__ = [
     "BackendError",
     "CheckpointError",
@@ -63,6 +66,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
+    if name in _MODULES:
+        return importlib.import_module(f"fastdit.{name}")
     raise AttributeError(f"module 'fastdit' has no attribute {name!r}")
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastdit.checkpoint_files import atomic_write
 from fastdit.patching import probe, published
 from fastdit.patching.rules import Rule
 from fastdit.patching.table import RULES
@@ -141,8 +142,9 @@ def write_repository(folder: str | Path) -> Path:
             "python-depends": [],
             "backend": {"type": device},
         }
-        (build / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n")
-        (build / "__init__.py").write_text(_SOURCE)
+        text = json.dumps(metadata, indent=2) + "\n"
+        for name, content in (("metadata.json", text), ("__init__.py", _SOURCE)):
+            atomic_write(build / name, lambda path, content=content: path.write_text(content))
     return Path(folder)
 
 

@@ -224,7 +224,7 @@ class DiT(nn.Module):
         Raises:
             ValueError: `x`, `t`, `y` or `conditioning` has another shape.
         """
-        grid = self._check_inputs(x, t, y, conditioning)
+        grid = sizes.check_inputs(self, x, t, y, conditioning)
         c = None
         if conditioning is None and self._packed():
             conditioning = self.conditioning(t, y, force_drop_ids)
@@ -296,9 +296,8 @@ class DiT(nn.Module):
     def set_input_size(self, input_size: int | tuple[int, ...]) -> DiT:
         """Make `input_size` the model's, in place, for sampling or fine-tuning; returns the model.
 
-        Computed positions are those of the new grid, squeezed into the old one's range or counted
-        on, as `position_scaling` says. Learned ones are resampled, and are new parameters: build
-        optimisers afterwards.
+        Computed positions become those of the new grid, as `position_scaling` says. Learned ones
+        stay the parameters they are, and are resampled in every forward.
 
         Raises:
             ValueError: the patch does not divide it.
@@ -331,17 +330,6 @@ class DiT(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # of a deep copy, whose parameters were cloned one by one
         self._pack()
-
-    def _check_inputs(
-        self, x: Tensor, t: Tensor | None, y: Tensor | None, conditioning: Tensor | None
-    ) -> tuple[int, ...]:
-        """The grid of x."""
-        if conditioning is None:
-            return sizes.grid(sizes.check_inputs(self, x, t, y), self.patch)
-        size, wanted = sizes.check_image(self, x), (x.shape[0], sum(self.rows_widths))
-        if tuple(conditioning.shape) != wanted:
-            raise ValueError(f"conditioning: got {tuple(conditioning.shape)}, allowed is {wanted}")
-        return sizes.grid(size, self.patch)
 
 
 def _pack_loaded(model: DiT, _incompatible_keys: Any) -> None:

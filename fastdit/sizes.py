@@ -113,26 +113,30 @@ def check_config(config: dict[str, Any], design: Design) -> None:
         )
 
 
-def check_inputs(model: Any, x: Tensor, t: Tensor | None, y: Tensor | None) -> Size:
-    """The size of x; whether t and y fit it.
+def check_inputs(
+    model: Any, x: Tensor, t: Tensor | None, y: Tensor | None, conditioning: Tensor | None = None
+) -> Size:
+    """The grid of x; whether t and y fit it, or in their place the conditioning's rows.
 
     Raises:
-        ValueError: x, t or y has a shape that the model does not take.
+        ValueError: an argument has a shape that the model does not take.
     """
-    size = check_image(model, x)
-    batch = x.shape[0]
-    wanted: dict[str, tuple[Tensor | None, tuple[int, ...] | None]] = {"t": (t, (batch,))}
-    vector = model.design.condition_dim
-    labels = None if model.y_embedder is None else (batch, vector) if vector else (batch,)
-    wanted["y"] = (y, labels)
+    size, batch = _checked_size(model, x), x.shape[0]
+    wanted: dict[str, tuple[Tensor | None, tuple[int, ...] | None]]
+    if conditioning is None:
+        vector = model.design.condition_dim
+        condition = None if model.y_embedder is None else (batch, vector) if vector else (batch,)
+        wanted = {"t": (t, (batch,)), "y": (y, condition)}
+    else:
+        wanted = {"conditioning": (conditioning, (batch, sum(model.rows_widths)))}
     for name, (value, shape) in wanted.items():
         got = None if value is None else tuple(value.shape)
         if got != shape:
             raise ValueError(f"{name}: got {got}, allowed is {shape}")
-    return size
+    return grid(size, model.patch)
 
 
-def check_image(model: Any, x: Tensor) -> Size:
+def _checked_size(model: Any, x: Tensor) -> Size:
     """The size of x.
 
     Raises:

@@ -28,17 +28,18 @@ from fastdit.backends import Kernel
 from fastdit.kernels import launch
 from fastdit.kernels.attention_backward import attention_backward
 from fastdit.kernels.attention_tiles import (
-    LOG2_E,
     Table,
     Tile,
     add_product,
-    choose_tile,
     dot_rows,
     family_of,
+    flipped_tile,
+    kernel_options,
+    launch_tile,
     load_tile,
-    parts_of,
     readable,
     scaled_tile,
+    size_of_log2,
     store_tile,
     stride_unit,
     zero_tile,
@@ -66,6 +67,7 @@ def attention_kernel(
     BLOCK_N: tl.constexpr,
     UNIT: tl.constexpr,
     EVEN: tl.constexpr,
+    FLIP: tl.constexpr,
 ):
     """`*_batch` and `*_token` are strides in units of UNIT elements."""
     qk_token *= UNIT
@@ -80,7 +82,7 @@ def attention_kernel(
     k_ptr += batch * qk_batch * UNIT + column
     v_ptr += batch * v_batch * UNIT + column
     q_ptr += batch * qk_batch * UNIT + first.to(tl.int64) * qk_token + column
-    q = load_tile(q_ptr, qk_token, rows, inside, HEAD_DIM, PARTS, EVEN)
+    q = flipped_tile(load_tile(q_ptr, qk_token, rows, inside, HEAD_DIM, PARTS, EVEN), FLIP)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     out = zero_tile(BLOCK_M, PARTS)
@@ -122,10 +124,12 @@ FORWARD: Table = {
         Tile(128, 128, 64, 8, 2),
     ),
     # UTCMMA: accumulators live in tensor memory. At 72 channels 128 keys take 208 registers (Triton
-    # 3.8), 64 take 117.
+    # 3.8), 64 take 117. At 88 and 96, of two parts, ptxas keeps to 128 and spills with 64 keys.
     "sm_100": (
         Tile(128, 64, 64, 4, 1, tokens=64),
         Tile(64, 128, 128, 8, 2),
+        Tile(80, 128, 64, 8, 2),
+        Tile(96, 128, 32, 8, 2),
         Tile(128, 128, 64, 8, 2),
     ),
     # A second stage takes 226 registers where one takes 159, half the waves.
@@ -155,31 +159,18 @@ def attention(qkv: Tensor, num_heads: int, scale: float | None, *qk_options) -> 
     if not lse.numel():
         return out, lse
     q, k, v = prepare(qkv, num_heads, *qk_options)
-    tile = choose_tile(FORWARD, FORWARD_FP32, qkv, head_dim)
     unit = stride_unit(q, v)
-    with launch.on_device(qkv):
+    scale = head_dim**-0.5 if scale is None else scale
+
+    def run(tile: Tile) -> None:
         attention_kernel[(triton.cdiv(tokens, tile.block_m) * batch * num_heads,)](
-            q,
-            k,
-            v,
-            out,
-            lse,
-            (head_dim**-0.5 if scale is None else scale) * LOG2_E,
-            tokens,
-            num_heads,
-            q.stride(0) // unit,
-            q.stride(2) // unit,
-            v.stride(0) // unit,
-            v.stride(2) // unit,
-            HEAD_DIM=head_dim,
-            PARTS=parts_of(head_dim),
-            BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n,
-            UNIT=unit,
-            EVEN=tokens % tile.block_m == 0 and tokens % tile.block_n == 0,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-        )
+            q, k, v, out, lse, size_of_log2(scale), tokens, num_heads,
+            q.stride(0) // unit, q.stride(2) // unit, v.stride(0) // unit, v.stride(2) // unit,
+            **kernel_options(tile, tokens, head_dim, unit, scale),
+        )  # fmt: skip
+
+    with launch.on_device(qkv):
+        launch_tile("attention", FORWARD, FORWARD_FP32, qkv, head_dim, run)
     return out, lse
 
 
@@ -209,8 +200,6 @@ def unsupported(qkv: Tensor, num_heads: int, scale: float | None, *qk_options) -
     head_dim = qkv.shape[2] // (3 * num_heads)
     if not 16 <= head_dim <= 128 or head_dim % 8:
         return f"head_dim is {head_dim}, the Triton kernels take multiples of 8 from 16 to 128"
-    if scale is not None and not scale > 0:
-        return f"scale is {scale}, the Triton kernels take positive ones"
     return None
 
 

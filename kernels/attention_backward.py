@@ -24,17 +24,18 @@ from torch import Tensor
 from fastdit import reference
 from fastdit.kernels import launch
 from fastdit.kernels.attention_tiles import (
-    LOG2_E,
     Table,
     Tile,
     add_product,
-    choose_tile,
     dot_rows,
     dot_same_rows,
+    flipped_tile,
+    kernel_options,
+    launch_tile,
     load_tile,
-    parts_of,
     readable,
     scaled_tile,
+    size_of_log2,
     store_tile,
     stride_unit,
     zero_tile,
@@ -47,7 +48,7 @@ def dq_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, scale, scale_log2, N, H,
     qk_batch, qk_token, v_batch, v_token,
     HEAD_DIM: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    UNIT: tl.constexpr, EVEN: tl.constexpr,
+    UNIT: tl.constexpr, EVEN: tl.constexpr, FLIP: tl.constexpr,
 ):  # fmt: skip
     """δ and dQ of BLOCK_M queries of one head; q's, k's and v's strides are in units of UNIT."""
     qk_token *= UNIT
@@ -63,7 +64,7 @@ def dq_kernel(
     q_ptr += batch * qk_batch * UNIT + first.to(tl.int64) * qk_token + column
     out_at = (batch * N + first) * width + column
     statistics = head.to(tl.int64) * N + first + rows
-    q = load_tile(q_ptr, qk_token, rows, inside, HEAD_DIM, PARTS, EVEN)
+    q = flipped_tile(load_tile(q_ptr, qk_token, rows, inside, HEAD_DIM, PARTS, EVEN), FLIP)
     dout = load_tile(dout_ptr + out_at, width, rows, inside, HEAD_DIM, PARTS, EVEN)
     out = load_tile(out_ptr + out_at, width, rows, inside, HEAD_DIM, PARTS, EVEN)
     delta = dot_same_rows(dout, out)
@@ -91,7 +92,7 @@ def dkv_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, scale, scale_log2, N, H,
     qk_batch, qk_token, v_batch, v_token,
     HEAD_DIM: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    UNIT: tl.constexpr, EVEN: tl.constexpr,
+    UNIT: tl.constexpr, EVEN: tl.constexpr, FLIP: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of BLOCK_N keys of one head. Queries past N are rows of zeros, which add nothing;
     keys past N are rows that are not stored: neither needs a mask on the scores."""
@@ -108,7 +109,7 @@ def dkv_kernel(
     dout_ptr += batch * N * width + column
     lse_ptr += head.to(tl.int64) * N
     delta_ptr += head.to(tl.int64) * N
-    k = load_tile(k_ptr, qk_token, keys, inside, HEAD_DIM, PARTS, EVEN)
+    k = flipped_tile(load_tile(k_ptr, qk_token, keys, inside, HEAD_DIM, PARTS, EVEN), FLIP)
     v = load_tile(v_ptr, v_token * UNIT, keys, inside, HEAD_DIM, PARTS, EVEN)
     dk, dv = zero_tile(BLOCK_N, PARTS), zero_tile(BLOCK_N, PARTS)
     for start in range(0, N, BLOCK_M):
@@ -134,7 +135,13 @@ DQ: Table = {
     "sm_80": (Tile(128, 64, 32, 4, 2),),
     "sm_86": (Tile(128, 64, 32, 4, 2),),
     "sm_90": (Tile(128, 64, 64, 4, 2, tokens=64), Tile(128, 128, 64, 8, 2)),
-    "sm_100": (Tile(128, 64, 64, 4, 2, tokens=64), Tile(128, 128, 64, 8, 2)),
+    # 104 and 112 channels are three parts: with 64 keys 576 columns of tensor memory, of 512.
+    "sm_100": (
+        Tile(128, 64, 64, 4, 2, tokens=64),
+        Tile(96, 128, 64, 8, 2),
+        Tile(112, 128, 32, 8, 2),
+        Tile(128, 128, 64, 8, 2),
+    ),
     "gfx942": (Tile(128, 64, 32, 4, 1),),
 }
 DKV: Table = {
@@ -187,33 +194,26 @@ def attention_backward(
     scale = head_dim**-0.5 if scale is None else scale
     unit = stride_unit(q, v)
     sizes = (
-        *(scale, scale * LOG2_E, tokens, num_heads),
+        *(scale, size_of_log2(scale), tokens, num_heads),
         *(stride // unit for h in (q, v) for stride in (h.stride(0), h.stride(2))),
     )
-
-    def options(tile: Tile) -> dict:
-        even = tokens % tile.block_m == 0 and tokens % tile.block_n == 0
-        return {
-            "HEAD_DIM": head_dim,
-            "PARTS": parts_of(head_dim),
-            "BLOCK_M": tile.block_m,
-            "BLOCK_N": tile.block_n,
-            "UNIT": unit,
-            "EVEN": even,
-            "num_warps": tile.num_warps,
-            "num_stages": tile.num_stages,
-        }
-
     dout, out = dout.contiguous(), out.contiguous()
-    with launch.on_device(qkv):
-        tile = choose_tile(DQ, DQ_FP32, qkv, head_dim)
+
+    def run_dq(tile: Tile) -> None:
         dq_kernel[(triton.cdiv(tokens, tile.block_m) * batch * num_heads,)](
-            q, k, v, out, dout, lse, delta, dq, *sizes, **options(tile)
-        )
-        tile = choose_tile(DKV, DKV_FP32, qkv, head_dim)
+            q, k, v, out, dout, lse, delta, dq, *sizes,
+            **kernel_options(tile, tokens, head_dim, unit, scale),
+        )  # fmt: skip
+
+    def run_dkv(tile: Tile) -> None:
         dkv_kernel[(triton.cdiv(tokens, tile.block_n) * batch * num_heads,)](
-            q, k, v, dout, lse, delta, dk, dv, *sizes, **options(tile)
-        )
+            q, k, v, dout, lse, delta, dk, dv, *sizes,
+            **kernel_options(tile, tokens, head_dim, unit, scale),
+        )  # fmt: skip
+
+    with launch.on_device(qkv):
+        launch_tile("attention_backward_dq", DQ, DQ_FP32, qkv, head_dim, run_dq)
+        launch_tile("attention_backward_dkv", DKV, DKV_FP32, qkv, head_dim, run_dkv)
     if qk_options[4] is None and qk_options[6] is None:
         return dqkv, *(qkv.new_empty(0) for _ in range(4))
     return dqkv, *prepare_backward(dqkv, qkv, num_heads, *qk_options)

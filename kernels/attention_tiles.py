@@ -10,17 +10,18 @@ channels keep one accumulator a part.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdit.kernels import launch
+from fastdit.kernels import launch, tuning
 
 HEAD_DIMS = range(16, 129, 8)
 LOG2_E = math.log2(math.e)
+LEAST_SCALE = 1e-37  # times a score it is 0 beside 1 in every dtype
 LEAST_PART = 16  # the depth of a tensor-core instruction for 16-bit operands
 
 
@@ -75,15 +76,46 @@ def family_of(arch: int | str) -> str:
     return f"sm_{min(max(arch // 10 * 10, 80), 100)}"
 
 
-def choose_tile(half: Table, single: Table, qkv: Tensor, head_dim: int) -> Tile:
-    """The first row that fits, of `half` for 16-bit and of `single` for 32-bit numbers."""
-    family = family_of(launch.arch_of(qkv.device))
-    table = half if qkv.element_size() == 2 else single
+def fitting(table: Table, family: str, head_dim: int, tokens: int) -> Tile:
+    """The first row of a family, or of any, that takes such heads and samples."""
     return next(
         row
         for row in table.get(family, table.get("any", ()))
-        if head_dim <= row.head_dim and qkv.shape[1] <= row.tokens
+        if head_dim <= row.head_dim and tokens <= row.tokens
     )
+
+
+def launch_tile(
+    op: str, half: Table, single: Table, qkv: Tensor, head_dim: int, run: Callable[[Tile], None]
+) -> None:
+    """Launch with the first row that fits, of `half` for 16-bit and of `single` for 32-bit numbers,
+    or, where autotuning is on, with the fastest row of any family."""
+    table, tokens = half if qkv.element_size() == 2 else single, qkv.shape[1]
+    default = fitting(table, family_of(launch.arch_of(qkv.device)), head_dim, tokens)
+    candidates = [row for rows in table.values() for row in rows] if tuning.enabled() else []
+    key = (tuning.shape_class(tokens), head_dim, qkv.dtype)
+    run(tuning.choose(op, key, default, candidates, run))
+
+
+def kernel_options(tile: Tile, tokens: int, head_dim: int, unit: int, scale: float) -> dict:
+    """What every kernel takes by name."""
+    return {
+        "HEAD_DIM": head_dim,
+        "PARTS": parts_of(head_dim),
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "UNIT": unit,
+        "EVEN": tokens % tile.block_m == 0 and tokens % tile.block_n == 0,
+        "FLIP": scale < 0,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+    }
+
+
+def size_of_log2(scale: float) -> float:
+    """|scale|·log₂e; kernels flip a tile where scale is negative. Never 0, for a masked score of
+    −∞ has to stay −∞."""
+    return max(abs(scale), LEAST_SCALE) * LOG2_E
 
 
 def readable(qkv: Tensor) -> Tensor:
@@ -129,6 +161,17 @@ def store_tile(
             tl.store(address, part, mask=at[None, :] < HEAD_DIM)
         else:
             tl.store(address, part)
+
+
+@triton.jit
+def flipped_tile(tile, FLIP: tl.constexpr):
+    """`tile`, negated where the scale of its products is negative."""
+    flipped = tile
+    if FLIP:
+        flipped = ()
+        for i in tl.static_range(len(tile)):
+            flipped = flipped + (-tile[i],)  # noqa: RUF005
+    return flipped
 
 
 @triton.jit

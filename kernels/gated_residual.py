@@ -15,7 +15,7 @@ from torch import Tensor
 from fastdit.backends import Kernel
 from fastdit.kernels import rows, slot_sums
 from fastdit.kernels.launch import on_device
-from fastdit.kernels.rows import gated_sum, load, load_view, store, zeros
+from fastdit.kernels.rows import Tile, gated_sum, load, load_view, store, zeros
 from fastdit.kernels.slot_sums import store_partial
 
 BACKWARD = rows.Backward(columns=12, half=64, full=64)
@@ -67,12 +67,15 @@ def gated_residual(x, y, gate) -> Tensor:
     h = x.new_empty(x.shape)
     if x.numel() == 0:
         return h
-    with on_device(x):
-        tile = rows.forward_tile(x)
+
+    def run(tile: Tile) -> None:
         gated_residual_kernel[(x.shape[0] * x.shape[1],)](
             x, y, rows.view(gate), h, x.shape[1], x.shape[2], tile.main, tile.tail,
             **tile.options,
         )  # fmt: skip
+
+    with on_device(x):
+        rows.launch("gated_residual", x, rows.forward_tile(x), run)
     return h
 
 
@@ -83,8 +86,8 @@ def gated_residual_backward(dout, y, gate) -> tuple[Tensor, Tensor]:
     if y.numel() == 0:
         return dy, dgate.zero_()
     per_token = gate.dim() == 3
-    with on_device(y):
-        tile = rows.backward_tile(y, BACKWARD)
+
+    def run(tile: Tile) -> None:
         slots = slot_sums.slots_for(y, tile)
         partials = slot_sums.Partials.empty(y, slots, dgate=not per_token)
         gated_residual_backward_kernel[(y.shape[0] * slots,)](
@@ -92,6 +95,9 @@ def gated_residual_backward(dout, y, gate) -> tuple[Tensor, Tensor]:
             slots, y.shape[2], tile.main, tile.tail, **tile.options,
         )  # fmt: skip
         slot_sums.finish(partials, dgate=dgate)
+
+    with on_device(y):
+        rows.launch("gated_residual_backward", y, rows.backward_tile(y, BACKWARD), run, per_token)
     return dy, dgate
 
 

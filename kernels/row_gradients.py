@@ -29,7 +29,7 @@ from torch import Tensor
 
 from fastdit.kernels import rows, slot_sums
 from fastdit.kernels.launch import on_device
-from fastdit.kernels.rows import fold, load, load_view, store, totals, zeros
+from fastdit.kernels.rows import Tile, fold, load, load_view, store, totals, zeros
 from fastdit.kernels.slot_sums import store_partial
 
 ADALN = rows.Backward(columns=12, half=80, full=80)
@@ -209,27 +209,30 @@ def _launch(
     limits = ADALN if gate is None else GATED_ADALN
     if scale_per_token and sample_dshift is not None:
         limits = MORE_SUMS
-    tile = rows.backward_tile(x, limits)
-    slots = slot_sums.slots_for(x, tile)
-    partials = slot_sums.Partials.empty(
-        x,
-        slots,
-        u=bias is not None or (sample_dshift is not None and not scale_per_token),
-        v=weight is not None or sample_dscale is not None,
-        dshift=sample_dshift is not None and scale_per_token,
-        dgate=sample_dgate is not None,
-    )
-    row_gradients_kernel[(x.shape[0] * slots,)](
-        dout, x, mean, rstd, rows.view(scale), weight, bias, dh, y, rows.view(gate),
-        dx, dy, token_dgate, token_dshift, token_dscale,
-        partials.u, partials.v, partials.dshift, partials.dgate, x.shape[1], slots,
-        x.shape[2], tile.main, tile.tail, norm == "layer", plus_one, scale_per_token,
-        token_dgate is not None, **tile.options,
-    )  # fmt: skip
-    return slot_sums.finish(
-        partials, scale=None if scale_per_token else scale, weight=weight, bias=bias,
-        plus_one=plus_one, dshift=sample_dshift, dscale=sample_dscale, dgate=sample_dgate,
-    )  # fmt: skip
+    wanted = {
+        "u": bias is not None or (sample_dshift is not None and not scale_per_token),
+        "v": weight is not None or sample_dscale is not None,
+        "dshift": sample_dshift is not None and scale_per_token,
+        "dgate": sample_dgate is not None,
+    }
+
+    def run(tile: Tile) -> tuple[Tensor | None, Tensor | None]:
+        slots = slot_sums.slots_for(x, tile)
+        partials = slot_sums.Partials.empty(x, slots, **wanted)
+        row_gradients_kernel[(x.shape[0] * slots,)](
+            dout, x, mean, rstd, rows.view(scale), weight, bias, dh, y, rows.view(gate),
+            dx, dy, token_dgate, token_dshift, token_dscale,
+            partials.u, partials.v, partials.dshift, partials.dgate, x.shape[1], slots,
+            x.shape[2], tile.main, tile.tail, norm == "layer", plus_one, scale_per_token,
+            token_dgate is not None, **tile.options,
+        )  # fmt: skip
+        return slot_sums.finish(
+            partials, scale=None if scale_per_token else scale, weight=weight, bias=bias,
+            plus_one=plus_one, dshift=sample_dshift, dscale=sample_dscale, dgate=sample_dgate,
+        )  # fmt: skip
+
+    op = "adaln_backward" if gate is None else "gated_adaln_backward"
+    return rows.launch(op, x, rows.backward_tile(x, limits), run, norm, *wanted.values())
 
 
 def _by_kind(gradient: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

@@ -57,6 +57,11 @@ def disable() -> None:
     _state["enabled"] = False
 
 
+def enabled() -> bool:
+    """Whether candidates are timed and stored choices used."""
+    return bool(_state["enabled"])
+
+
 def cache_directory() -> Path:
     """`$XDG_CACHE_HOME/fastdit`, by default `~/.cache/fastdit`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastdit"

@@ -13,6 +13,7 @@ Bytes: each element in once and out once. A signal is an image of one row.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -21,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdit.backends import Kernel
-from fastdit.kernels import launch
+from fastdit.kernels import launch, tuning
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,13 @@ ELEMENTS = 4096
 ELEMENTS_OF_A_WARP = 512
 
 
-def tile(patch: tuple[int, int], grid_width: int, channels: int) -> Tile:
-    """The tile that fits these sizes: whole patches where they are up to `ELEMENTS` long, then as
-    many tokens beside each other as that leaves room for."""
-    room = ELEMENTS
+CANDIDATES = (1024, 2048, 4096, 8192)
+
+
+@functools.cache
+def tile(patch: tuple[int, int], grid_width: int, channels: int, room: int = ELEMENTS) -> Tile:
+    """The tile that fits these sizes: whole patches where they are up to `room` long, then as many
+    tokens beside each other as that leaves room for."""
     blocks = []
     for size in (channels, patch[1], patch[0], grid_width):
         blocks.append(min(triton.next_power_of_2(size), room))
@@ -137,14 +141,14 @@ def _launch(tokens: Tensor, image: Tensor, patch, grid, channels: int, backward:
     if tokens.numel() == 0:
         return
     patch, (height, width) = _pair(patch), _pair(grid)
-    fit = tile(patch, width, channels)
-    blocks = (
-        triton.cdiv(patch[0], fit.rows)
-        * triton.cdiv(patch[1], fit.columns)
-        * triton.cdiv(channels, fit.channels)
-    )
     image = image.unsqueeze(2) if image.dim() == 3 else image
-    with launch.on_device(tokens):
+
+    def run(fit: Tile) -> None:
+        blocks = (
+            triton.cdiv(patch[0], fit.rows)
+            * triton.cdiv(patch[1], fit.columns)
+            * triton.cdiv(channels, fit.channels)
+        )
         permute_kernel[(tokens.shape[0] * height, triton.cdiv(width, fit.tokens), blocks)](
             tokens,
             image,
@@ -163,6 +167,13 @@ def _launch(tokens: Tensor, image: Tensor, patch, grid, channels: int, backward:
             backward,
             num_warps=fit.num_warps,
         )
+
+    with launch.on_device(tokens):
+        sizes = (patch, width, channels)
+        candidates = [tile(*sizes, room) for room in CANDIDATES]
+        key = (tuning.shape_class(tokens.numel()), *sizes, tokens.dtype)
+        op = "unpatchify_backward" if backward else "unpatchify"
+        run(tuning.choose(op, key, tile(*sizes), candidates, run))
 
 
 def _dense(tensor: Tensor) -> Tensor:

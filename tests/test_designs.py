@@ -387,7 +387,7 @@ def random_options(rng: random.Random) -> dict:
 
 def test_every_combination_works_or_names_what_is_wrong():
     rng, built = random.Random(0), 0
-    for _ in range(60):
+    for _ in range(40):
         options = random_options(rng)
         try:
             model = tiny(**options)
@@ -401,7 +401,7 @@ def test_every_combination_works_or_names_what_is_wrong():
         with torch.no_grad():
             rows = model.conditioning(t, y)
             torch.testing.assert_close(model(x, t, y), model(x, None, conditioning=rows))
-    assert built > 30
+    assert built > 20
 
 
 @pytest.mark.parametrize(

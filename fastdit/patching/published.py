@@ -36,6 +36,11 @@ def linear(module: nn.Module | None) -> bool:
     return type(module) is nn.Linear and not watched(module)
 
 
+def tanh_gelu(module: nn.Module) -> bool:
+    """Whether the module is the tanh form of GELU."""
+    return isinstance(module, nn.GELU) and module.approximate == "tanh"
+
+
 # ---- the block --------------------------------------------------------------------------------
 
 
@@ -220,7 +225,7 @@ ATTENTION = Rule(
 @replacement("act")
 def mlp(self: nn.Module, x: Tensor) -> Tensor:
     """Linear, tanh-GELU, Linear; the first bias is added by the GELU's kernel."""
-    if not linear(self.fc1) or self.fc1.bias is None:
+    if not linear(self.fc1) or self.fc1.bias is None or not tanh_gelu(self.act):
         return NotImplemented
     hidden = ops.bias_gelu(F.linear(x, self.fc1.weight), self.fc1.bias)
     for name in ("drop1", "drop", "norm", "fc2", "drop2", "drop"):
@@ -235,9 +240,7 @@ MLP = Rule(
     forward=mlp,
     recognises=lambda m: has(m, "fc1", "act", "fc2") and isinstance(m.fc1, nn.Linear),
     refuses=lambda m: (
-        None
-        if isinstance(m.act, nn.GELU) and m.act.approximate == "tanh"
-        else f"its activation is {m.act}; bias_gelu is the tanh-GELU"
+        None if tanh_gelu(m.act) else f"its activation is {m.act}; bias_gelu is the tanh-GELU"
     ),
     probe=lambda m: [((torch.randn(2, TOKENS, m.fc1.in_features),), {})],
 )

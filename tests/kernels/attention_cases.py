@@ -35,6 +35,7 @@ class Case:
         words = [f"d{self.head_dim}", f"h{self.heads}", f"n{self.tokens}", f"b{self.batch}"]
         words.append(str(self.dtype).removeprefix("torch."))
         words += [w for w in (self.qk_norm, self.rope) if w]
+        words += [] if self.scale is None else [f"scale{self.scale}"]
         words += [w for w in ("affine", "strided") if getattr(self, w)]
         return "-".join(words).replace(" ", "_")
 

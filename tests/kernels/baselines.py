@@ -17,4 +17,4 @@ def hold_instructions(found: Mapping | Sequence, committed: Mapping | Sequence) 
     """
     if not triton.__version__.startswith(f"{TRITON}."):
         pytest.skip(f"instructions are committed for Triton {TRITON}, got {triton.__version__}")
-    assert found == pytest.approx(committed, rel=0.03)
+    assert found == pytest.approx(committed, rel=0.03), f"{found}, committed are {committed}"

@@ -26,7 +26,7 @@ MUTATIONS: list[tuple[str, str, str]] = [
     (FORWARD, "v_ptr += batch * v_batch * UNIT + column", "v_ptr += batch * v_batch + column"),
     (FORWARD, "(1 / total)[:, None]", "(1 / (total + 1))[:, None]"),
     (FORWARD, "+ tl.log(total)", "- tl.log(total)"),
-    (FORWARD, "(head_dim**-0.5 if scale is None else scale)", "(head_dim**-0.5)"),
+    (FORWARD, "head_dim**-0.5 if scale is None else scale", "head_dim**-0.5"),
     (FORWARD, "first.to(tl.int64) * qk_token", "first * qk_batch"),
     # backward: signs, δ, lse, divisors, indices, the packed places
     (BACKWARD, "dot_rows(dout, v) - delta[:, None]", "dot_rows(dout, v) + delta[:, None]"),
@@ -34,6 +34,8 @@ MUTATIONS: list[tuple[str, str, str]] = [
     (BACKWARD, "tl.store(delta_ptr + statistics, delta", "tl.store(delta_ptr + statistics, lse"),
     (BACKWARD, "dot_rows(k, q) * scale_log2 - lse[None, :]", "dot_rows(k, q) * scale_log2"),
     (BACKWARD, "scaled_tile(dq, scale)", "scaled_tile(dq, scale_log2)"),
+    (TILES, "if FLIP:", "if False:"),
+    (TILES, "max(abs(scale), LEAST_SCALE)", "abs(scale)"),
     (BACKWARD, "dk = scaled_tile(dk, scale)", "dk = scaled_tile(dk, 1.0)"),
     (BACKWARD, "inside = first + keys < N", "inside = first + keys < N - 1"),
     (BACKWARD, 'tl.where(present[None, :], scores, float("-inf"))', "scores"),

@@ -8,6 +8,8 @@ TESTS = (
 
 _GELU = "kernels/bias_gelu.py"
 _EMBED = "kernels/patch_embed.py"
+_TILES = "kernels/patch_tiles.py"
+_BACK = "kernels/patch_embed_backward.py"
 _UNPATCHIFY = "kernels/unpatchify.py"
 _SUMS = "kernels/partials.py"
 
@@ -48,35 +50,53 @@ MUTATIONS = [
     (_SUMS, "range(0, count, ROWS)", "range(0, count - 1, ROWS)"),
     (_SUMS, "row.to(tl.int64)[:, None] * width", "row.to(tl.int64)[:, None] * (width + 1)"),
     (_SUMS, "triton.cdiv(width, TILE.columns)", "width // TILE.columns"),
-    (_EMBED, "(a - high.to(tl.float32)).to(b.dtype)", "(a + high.to(tl.float32)).to(b.dtype)"),
-    (_EMBED, "total = tl.dot(a, (b - high.to(tl.float32)).to(a.dtype), total)", "pass"),
-    (_EMBED, "token // grid_width, token % grid_width", "token % grid_width, token // grid_width"),
+    (_TILES, "(a - high.to(tl.float32)).to(b.dtype)", "(a + high.to(tl.float32)).to(b.dtype)"),
+    (_TILES, "total = tl.dot(a, (b - high.to(tl.float32)).to(a.dtype), total)", "pass"),
+    (_TILES, "token // grid_width, token % grid_width", "token % grid_width, token // grid_width"),
     (
-        _EMBED,
+        _TILES,
         "(row // tokens).to(tl.int64) * strides[0]",
         "(row // (tokens + 1)).to(tl.int64) * strides[0]",
     ),
-    (_EMBED, "(row // tokens).to(tl.int64) * strides[0]", "(row // tokens) * strides[0]"),
-    (_EMBED, "h * P * strides[2] + w * Q * strides[3]", "h * P * strides[2] + w * P * strides[3]"),
-    (_EMBED, "k // (P * Q) * strides[1]", "k // (P * P) * strides[1]"),
-    (_EMBED, "k // Q % P * strides[2]", "k // Q % Q * strides[2]"),
+    (_TILES, "(row // tokens).to(tl.int64) * strides[0]", "(row // tokens) * strides[0]"),
+    (_TILES, "h * P * strides[2] + w * Q * strides[3]", "h * P * strides[2] + w * P * strides[3]"),
+    (_TILES, "k // (P * Q) * strides[1]", "k // (P * P) * strides[1]"),
+    (_TILES, "k // Q % P * strides[2]", "k // Q % Q * strides[2]"),
     (
-        _EMBED,
+        _TILES,
         "mask = (row < rows)[:, None] & (column < width)[None, :]\n    return",
         "mask = (column < width)[None, :]\n    return",
     ),
     (_EMBED, "part_in = row_in & (part < DEPTH)[None, :]", "part_in = row_in"),
     (_EMBED, "out += bias[None, :]", "out -= bias[None, :]"),
     (_EMBED, "pos_at = (row % tokens)[:, None]", "pos_at = row[:, None]"),
-    (_EMBED, "rows, splits * BLOCK_M)", "rows - BLOCK_M, splits * BLOCK_M)"),
-    (_EMBED, "at = split.to(tl.int64) * width * DEPTH", "at = split.to(tl.int64) * width"),
-    (_EMBED, "tl.where(tl.program_id(2) == 0, width, 0)", "width"),
-    (_EMBED, "k = tl.program_id(1) * BLOCK_K + tl.arange", "k = tl.arange"),
+    (_BACK, "splits * (BLOCK_M // SPAN)):", "BLOCK_M // SPAN):"),
+    (_BACK, "token = tl.program_id(0) % spans * SPAN + lane % SPAN", "token = lane % SPAN"),
+    (_BACK, "inside = (token < tokens) & (sample", "inside = (token <= tokens) & (sample"),
+    (_BACK, "sample * tokens + token, rows)", "sample * SPAN + token, rows)"),
+    (_BACK, "total += dtokens", "total -= dtokens"),
     (
-        _EMBED,
+        _BACK,
+        "partial = tl.program_id(0).to(tl.int64) * width",
+        "partial = split.to(tl.int64) * width",
+    ),
+    (_BACK, "at = partial * DEPTH", "at = partial"),
+    (
+        _BACK,
+        "mask = column < tl.where(tl.program_id(2) == 0, width, 0)",
+        "mask = column < tl.where(tl.program_id(2) == 0, width - 1, 0)",
+    ),
+    (_BACK, "limit = tl.where(tl.program_id(2) == 0, tokens, 0)", "limit = SPAN"),
+    (_BACK, "(split.to(tl.int64) * tokens + token)", "(split.to(tl.int64) + token)"),
+    (_BACK, "(tl.program_id(1).to(tl.int64) * rows + row)", "(row.to(tl.int64))"),
+    (_BACK, "for block in range(blocks)", "for block in range(blocks - 1)"),
+    (_BACK, "(tl.cast(block, tl.int64) * rows + row)", "(row.to(tl.int64))"),
+    (
+        _BACK,
         "for start in range(0, width, BLOCK_N)",
         "for start in range(BLOCK_N, width, BLOCK_N)",
     ),
+    (_BACK, "2 * sizes.width", "0"),
     (
         _UNPATCHIFY,
         "(strip // grid_height).to(tl.int64), strip % grid_height",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import patch_cases
 import pytest
 import torch
+from baselines import hold_instructions
 from patch_cases import ARCHITECTURES, DTYPES, beats_eager, error, rounding_floor, run, seeded
 
 import fastdit
@@ -225,7 +226,7 @@ def test_compiled_code_simulated(arch, dtype):
     assert simulations[0].dram_bytes == 2 * x.nbytes + bias.nbytes
     assert simulations[1].loads.dram_bytes == 2 * x.nbytes + bias.nbytes
     counts = [simulation.warp_instructions for simulation in simulations]
-    assert counts == pytest.approx(INSTRUCTIONS[arch, dtype], rel=0.03)
+    hold_instructions(counts, INSTRUCTIONS[arch, dtype])
 
 
 def test_the_op_runs_the_kernels():

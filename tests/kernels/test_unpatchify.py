@@ -7,6 +7,7 @@ import math
 import patch_cases
 import pytest
 import torch
+from baselines import hold_instructions
 from patch_cases import ARCHITECTURES, run, seeded
 
 import fastdit
@@ -126,14 +127,13 @@ def test_compiled_code(arch, patch):
 
 
 # Warp instructions of PTX for one sample of the 32×32 latents, in bfloat16: forward, backward.
-# The most of Triton 3.8 and 3.9.
 INSTRUCTIONS = {
     ("sm_80", 2): (2608, 2608),
     ("sm_80", 4): (2640, 2016),
     ("sm_80", 8): (2576, 2096),
     ("sm_90", 2): (2608, 2608),
-    ("sm_90", 4): (2128, 2000),
-    ("sm_90", 8): (2192, 2080),
+    ("sm_90", 4): (2144, 2016),
+    ("sm_90", 8): (2208, 2096),
 }
 
 
@@ -155,8 +155,7 @@ def test_compiled_code_simulated(arch, patch):
         assert simulation.divergent_branches == 0
         assert simulation.shared.conflict_ratio < 1.5
         counts.append(simulation.warp_instructions)
-    for count, committed in zip(counts, INSTRUCTIONS[arch, patch], strict=True):
-        assert count <= 1.03 * committed
+    hold_instructions(counts, INSTRUCTIONS[arch, patch])
 
 
 @pytest.mark.parametrize(("patch", "grid", "channels"), [([3, 5], [2, 7], 6), ([2], [9], 3)])

@@ -12,6 +12,7 @@ import research
 import torch
 
 import fastdit
+from fastdit.patching import native
 
 OUTPUT_ULPS, GRADIENT_ULPS = 8, 32
 BATCH = 64  # enough elements for the compiled kernels to run in training too
@@ -177,3 +178,42 @@ def test_checkpointing_switched_on_later_keeps_the_models_own_forward():
         assert seen == [1]
     finally:
         type(model).forward = original
+
+
+@torch.no_grad()
+def test_a_dit_to_the_letter_is_one_compiled_call():
+    model = make()
+    call = caller(model)
+    expected = call(model)
+    handle = fastdit.patch(model, "fast")
+    assert compare.ulps(call(model), expected) <= 2 * OUTPUT_ULPS
+    run = native._runs[model][1]
+    assert run.reason is None
+    assert "native" in run.explain()
+    model.blocks[0].mlp.fc1.weight.mul_(2)  # seen, and packed again
+    changed = call(model)
+    handle.undo()
+    assert compare.ulps(changed, call(model)) <= 2 * OUTPUT_ULPS
+    assert not torch.allclose(changed, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("change", ["eps", "hook", "lora", "act"])
+@torch.no_grad()
+def test_a_model_that_is_not_a_dit_to_the_letter_runs_op_by_op(change):
+    model = make()
+    call = caller(model)
+    with fastdit.patched(model, "fast"):
+        call(model)
+        seen = []
+        if change == "eps":
+            model.blocks[1].norm2.eps = 1e-2
+        elif change == "hook":
+            model.blocks[0].attn.qkv.register_forward_hook(lambda *_: seen.append(1))
+        elif change == "lora":
+            linear = model.final_layer.linear
+            model.final_layer.linear = torch.nn.Sequential(linear, torch.nn.Tanh())
+        else:
+            model.blocks[0].mlp.act = torch.nn.ReLU()
+        ours = call(model)
+        assert len(seen) == (change == "hook")
+    assert compare.ulps(ours, call(model)) <= OUTPUT_ULPS
