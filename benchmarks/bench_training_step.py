@@ -68,6 +68,7 @@ def problem(name: str, batch: int, dtype: str, device: str) -> Problem:
         images=batch,
         wall=True,
         differentiate={key: step.loss for key, step in steps.items()},
+        given=args,
     )
 
 

@@ -116,9 +116,9 @@ def speed() -> str:
         best = min(times, key=times.__getitem__, default=None)
         cells = [
             label,
-            results.in_units(eager["seconds"]["median"]),
-            f"{results.in_units(times[best])}, {best}" if best else "–",
-            results.in_units(ours["seconds"]["median"]),
+            results.amount(r, eager),
+            f"{results.amount(r, peers[best])}, {best}" if best else "–",
+            results.amount(r, ours),
             results.ratio(ours),
         ]
         lines.append(f"| {' | '.join(cells)} |")

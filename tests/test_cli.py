@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -22,7 +24,13 @@ def published(tmp_path_factory):
 
 def test_demo_draws_the_labelled_grid_and_times_both_paths(tmp_path, capsys):
     out = tmp_path / "demo.png"
-    cli.main(["demo", "--steps", "4", "--rounds", "1", "--out", str(out)])
+    timing = tmp_path / "demo.json"
+    options = ["--steps", "4", "--rounds", "1", "--json", str(timing)]
+    cli.main(["demo", *options, "--out", str(out)])
+    rates = json.loads(timing.read_text())
+    auto, eager = (rates["images_per_second"][name] for name in ("auto", "reference"))
+    assert rates["ratio"]["median"] == auto["median"] / eager["median"]
+    assert auto["least"] == auto["most"] > 0
     assert Image.open(out).size == (34 + 10 * 50 + 2, 10 * 50 + 2)
     printed = capsys.readouterr().out
     assert "eager PyTorch" in printed

@@ -214,3 +214,12 @@ def test_an_empty_batch_and_a_nan():
     x[1] = math.nan
     out = sample(x, lambda x, _t: x)[-1].flatten()
     assert out.isnan().tolist() == [False, True]
+
+
+def test_a_scale_of_one_runs_no_null_half():
+    seen: list = []
+    sample = Sampler(fastdit.create_transport()).sample_ode(
+        sampling_method="euler", num_steps=3, guidance=Guidance(1.0)
+    )
+    sample(torch.zeros(2, 4, 2, 2), labelled(seen), y=torch.tensor([1, 2]))
+    assert seen == [(2, 0), (2, 0.5)]

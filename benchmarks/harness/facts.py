@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -40,14 +40,15 @@ def peak_bytes(function: Function, device: str) -> int | None:
     return most or None
 
 
-def saved_bytes(forward: Function) -> int:
-    """Bytes that a differentiated forward pass keeps for its backward; leaves, which are there
-    anyway, are not counted."""
+def saved_bytes(forward: Function, given: Sequence[torch.Tensor] = ()) -> int:
+    """Bytes that a differentiated forward pass keeps for its backward; parameters and what is
+    `given`, which are there anyway, are not counted."""
     kept: dict[int, int] = {}
+    there = {tensor.untyped_storage().data_ptr() for tensor in given}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if not (tensor.is_leaf and tensor.requires_grad):
-            storage = tensor.untyped_storage()
+        storage = tensor.untyped_storage()
+        if not (tensor.is_leaf and tensor.requires_grad) and storage.data_ptr() not in there:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 

@@ -98,7 +98,7 @@ def _facts(case: Case, name: str, function: Callable[[], object], problem: Probl
     elif COMPILE not in name:
         found |= facts.counted(function)
     if name in problem.differentiate:
-        found["saved_bytes"] = facts.saved_bytes(problem.differentiate[name])
+        found["saved_bytes"] = facts.saved_bytes(problem.differentiate[name], problem.given)
     return found
 
 
@@ -162,7 +162,7 @@ def measure(
         if meter is not None and problem.images and case.device == "cuda":
             joules = meter.joules(function)
             row["joules_per_image"] = None if joules is None else joules / problem.images
-    described = ("level", "name", "size", "what", "dtype", "device", "tokens", "batch")
+    described = ("level", "name", "size", "what", "dtype", "device", "tokens", "batch", "width")
     return {key: getattr(case, key) for key in described} | {
         "id": case.id,
         "bytes": problem.bytes,

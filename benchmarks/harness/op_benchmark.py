@@ -19,7 +19,7 @@ from fastdit import backends, ops
 from fastdit.ops import _library
 from fastdit.workloads import Workload
 from harness import peers
-from harness.problem import COPY, DTYPES, EAGER, OURS, Case, Column, Problem
+from harness.problem import COPY, DTYPES, EAGER, OURS, Case, Column, Problem, tensors
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}  # of the largest: eager rounds often
 PASSES = ("forward", "backward", "both")
@@ -118,6 +118,7 @@ class OpBenchmark:
                 subset=self._subset(subset, what, dtype in others),
                 tokens=size.tokens,
                 batch=size.batch,
+                width=size.width,
             )
             for dtype in (first, *others)
             for what in PASSES
@@ -159,6 +160,7 @@ class OpBenchmark:
             bytes=moved,
             flops=work or None,
             differentiate={} if what == "forward" else functions,
+            given=tuple(tensors(args)),
         )
 
     def runs(self, size: Size, dtype: str, device: str) -> str:

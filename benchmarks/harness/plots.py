@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from harness.drawing import INK, colour, figure_of
+from harness.drawing import INK, colour, figure_of, plain_numbers
 from harness.measure import Result
 from harness.problem import COPY, EAGER, OURS
 from harness.results import best_of_ours, columns_of, measured, significant
@@ -22,60 +22,60 @@ def label_of(r: Result) -> str:
 
 
 def speedups(results: list[Result]) -> str | None:
-    """Bars of every measured column's speed over eager, with the range of its turns."""
+    """Bars of every measured column's speed over eager, with the range of its turns: right of the
+    line is faster, left of it slower, and twice is as far as half."""
     shown = [r for r in results if measured(r, best_of_ours(r))]
-    columns = [c for c in columns_of(shown) if c not in NOT_COMPARED]
-    columns = [c for c in columns if any(measured(r, c) for r in shown)]
     if not shown:
         return None
-    counts = [sum(measured(r, c) is not None for c in columns) for r in shown]
-    height = 0.24 * sum(counts) + 0.16 * len(shown) + 0.9
-    largest = max(
-        measured(r, c)["speedup"]["median"] for r in shown for c in columns if measured(r, c)
-    )
+    columns = [c for c in columns_of(shown) if c not in NOT_COMPARED]
+    bars = [
+        (r, [(c, row["speedup"]) for c in columns if (row := measured(r, c)) is not None])
+        for r in shown
+    ]
+    height = 0.24 * sum(len(several) for _, several in bars) + 0.16 * len(bars) + 0.9
+    every = [s for _, several in bars for _, s in several]
+    low = min(0.8, *(s["least"] for s in every))
+    high = max(2.0, *(s["most"] for s in every))
     with figure_of(8.6, height) as (figure, axes, found):
         at, ticks = 0.0, []
         seen: dict[str, Any] = {}
-        for r, count in zip(shown, counts, strict=True):
-            ticks.append((at + (count - 1) / 2, label_of(r)))
-            for index, column in enumerate(columns):
-                row = measured(r, column)
-                if row is None:
-                    continue
-                s = row["speedup"]
-                spread = [[s["median"] - s["least"]], [s["most"] - s["median"]]]
+        for r, several in bars:
+            ticks.append((at + (len(several) - 1) / 2, label_of(r)))
+            for column, s in several:
+                middle = s["median"]
                 bar = axes.barh(
                     at,
-                    s["median"],
+                    middle - 1,
                     0.86,
-                    color=colour(column, index),
-                    xerr=spread,
+                    left=1,
+                    color=colour(column, columns.index(column)),
+                    xerr=[[middle - s["least"]], [s["most"] - middle]],
                     error_kw={"ecolor": "#00000055", "elinewidth": 1},
                 )
                 seen.setdefault(column, bar)
-                weight = "bold" if column.startswith(OURS) else "normal"
                 axes.text(
-                    min(s["most"], 1.15 * largest) + 0.01 * largest,
+                    1.03 * max(s["most"], 1.0),
                     at,
-                    f"{significant(s['median'])}×",
+                    f"{significant(middle)}×",
                     va="center",
                     fontsize=8,
-                    weight=weight,
+                    weight="bold" if column.startswith(OURS) else "normal",
                 )
                 at += 1
             at += 0.7
-        axes.axvline(1, color=INK, linewidth=1, linestyle=(0, (3, 2)))
+        axes.axvline(1, color=INK, linewidth=1)
+        axes.set_xscale("log", base=2)
+        axes.set_xlim(low / 1.05, high * 1.35)
+        powers = [2.0**n for n in range(-4, 10) if low / 1.05 <= 2.0**n <= high * 1.35]
+        axes.set_xticks(powers, [f"{significant(p)}×" for p in powers])
         axes.set_yticks([y for y, _ in ticks], [label for _, label in ticks], fontsize=8)
         axes.tick_params(axis="y", length=0)
         axes.set_ylim(at - 0.2, -0.9)
-        axes.set_xlim(0, 1.22 * largest)
         axes.grid(axis="x")
-        axes.set_xlabel(
-            "speed over eager PyTorch (the dashed line); whiskers: least and most of the turns"
-        )
+        axes.set_xlabel("speed over eager PyTorch; whiskers: least and most of the turns")
         figure.legend(
-            seen.values(),
-            seen.keys(),
+            [seen[c] for c in columns if c in seen],
+            [c for c in columns if c in seen],
             loc="outside upper left",
             ncols=5,
             fontsize=8,
@@ -165,10 +165,12 @@ def roofline(run: Run) -> str | None:
                     color=colour(column) if column != EAGER else "white",
                     edgecolors=colour(column),
                 )
+            if r["what"] == "backward":  # beside the forward's and both's, under their labels
+                continue
             axes.annotate(
                 f"{r['name']}, {r['what']}, {r['size']}" if r["level"] != "model" else r["size"],
                 (x, y / 1e9),
-                xytext=(6, 3),
+                xytext=(6, -9 if r["what"] == "both" else 4),
                 textcoords="offset points",
                 fontsize=7,
             )
@@ -186,6 +188,8 @@ def roofline(run: Run) -> str | None:
             xlabel="flop per byte moved, counted",
             ylabel="GFLOP/s",
         )
+        plain_numbers(axes.xaxis)
+        plain_numbers(axes.yaxis)
         axes.grid()
     return found[0]
 
@@ -197,8 +201,10 @@ def scaling(run: Run) -> str | None:
         groups: dict[tuple[str, Any], list[Result]] = {}
         for r in run["results"]:
             if r[axis] and r[other] and r["what"] == "forward" and r["level"] in ("op", "model"):
-                kind = r["name"] if r["level"] == "op" else r["size"].split(",")[0]
-                groups.setdefault((f"{kind}, {r[other]} {other}", r["level"]), []).append(r)
+                of_op = f"{r['name']}, width {r.get('width')}"
+                kind = of_op if r["level"] == "op" else r["size"].rpartition(",")[0]
+                fixed = f"{r[other]} tokens" if other == "tokens" else f"batch {r[other]}"
+                groups.setdefault((f"{kind}, {fixed}", r["level"]), []).append(r)
         several = {
             key: sorted(rs, key=lambda r: r[axis])
             for key, rs in groups.items()
@@ -212,19 +218,20 @@ def scaling(run: Run) -> str | None:
         for ax, (axis, several) in zip(axes if len(panels) > 1 else [axes], panels, strict=True):
             for (label, _), rs in several.items():
                 xs = [r[axis] for r in rs]
-                for column, style in ((EAGER, "o--"), (None, "o-")):
+                for column, style in ((None, "o-"), (EAGER, "o--")):
                     rows = [measured(r, column or best_of_ours(r)) for r in rs]
                     ys = [1e3 * row["seconds"]["median"] for row in rows]
                     ax.plot(xs, ys, style, color=colour(column or "fastdit"), ms=4, lw=1.4)
                 ax.annotate(
                     label,
                     (xs[-1], ys[-1]),
-                    xytext=(0, -11),
+                    xytext=(0, 8),
                     textcoords="offset points",
                     fontsize=7,
                     ha="right",
-                    va="top",
+                    va="bottom",
                 )
+            ax.margins(y=0.12)
             ax.set(xscale="log", yscale="log", xlabel=axis, ylabel="ms")
             ax.set_title(f"over {axis}: solid fastdit, dashed eager", fontsize=10, loc="left")
             ax.grid()
@@ -252,9 +259,10 @@ def memory(run: Run) -> str | None:
                     value = measured(r, column).get(key) if measured(r, column) else None
                     if value is None or not whole:
                         continue
-                    axes.barh(y + shift, value / whole, 0.36, color=colour(column))
+                    share = min(value / whole, 1.2)  # a longer bar would leave the picture
+                    axes.barh(y + shift, share, 0.36, color=colour(column))
                     axes.text(
-                        value / whole + 0.02,
+                        share + 0.02,
                         y + shift,
                         f"{significant(value / 1e6)} MB",
                         va="center",

@@ -50,6 +50,7 @@ class Problem:
         wall: whether the host's time belongs to the figure on a GPU.
         differentiate: the forward pass as a function of no arguments, for the bytes that it keeps
             for the backward pass, by column.
+        given: tensors that are there anyway, and are not among those bytes.
     """
 
     columns: dict[str, Column]
@@ -61,6 +62,7 @@ class Problem:
     tolerances: dict[str, float] = field(default_factory=dict)
     wall: bool = False
     differentiate: dict[str, Callable[[], object]] = field(default_factory=dict)
+    given: tuple[Tensor, ...] = ()
 
     def present(self) -> dict[str, Callable[[], object]]:
         return {k: v for k, v in self.columns.items() if not isinstance(v, Absent)}
@@ -80,7 +82,7 @@ class Case:
         dtype: of the tensors.
         device: where.
         subset: "quick" is part of "standard", which is part of "full".
-        tokens, batch: for the plots over these; 0 where there are none.
+        tokens, batch, width: for the plots over these; 0 where there are none.
     """
 
     level: str
@@ -94,6 +96,7 @@ class Case:
     subset: str = "standard"
     tokens: int = 0
     batch: int = 0
+    width: int = 0
 
     @property
     def id(self) -> str:

@@ -92,6 +92,13 @@ def columns_of(results: list[Result]) -> list[str]:
     return sorted(names, key=lambda n: last.get(n, int(n.startswith(OURS))))
 
 
+def amount(result: Result, row: dict[str, Any]) -> str:
+    """A column's median: images per second of sampling, otherwise the time of a call."""
+    if result["level"] == "sampling":
+        return f"{significant(row['images_per_second'])} images/s"
+    return in_units(row["seconds"]["median"])
+
+
 def cell(result: Result, column: str) -> str:
     """A column's time and ratio, or why there is none; empty where the case has no such column."""
     row = result["columns"].get(column)
@@ -99,7 +106,7 @@ def cell(result: Result, column: str) -> str:
         return ""
     if row["status"] != MEASURED:
         return row["status"]
-    time = in_units(row["seconds"]["median"])
+    time = amount(result, row)
     return time if column == EAGER else f"{time}, {row['speedup']['median']:.2f}×"
 
 

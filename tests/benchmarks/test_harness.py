@@ -161,6 +161,9 @@ def test_a_result_holds_shares_of_the_ceilings_and_the_spread():
 def test_memory_is_the_allocators_and_what_autograd_keeps():
     x = torch.ones(1000, requires_grad=True)
     assert facts.saved_bytes(lambda: (x * 2).exp().sum()) == 4000  # exp keeps its result
+    y = torch.ones(1000)
+    assert facts.saved_bytes(lambda: x * y) == 4000
+    assert facts.saved_bytes(lambda: x * y, [y]) == 0
     # `+ 1` makes a tensor of the number for a moment.
     assert 8000 <= facts.peak_bytes(lambda: torch.ones(1000) + 1, "cpu") <= 8016
 
