@@ -14,6 +14,7 @@ COMMANDS = {
     "train": "fastdit.training",
     "models": "fastdit.commands.models",
     "inspect": "fastdit.commands.inspect",
+    "profile": "fastdit.commands.profile",
     "build": "fastdit.commands.build",
     "doctor": "fastdit.commands.doctor",
     "bench": "fastdit.commands.bench",

@@ -21,6 +21,8 @@ from torch.autograd import forward_ad
 from fastdit import backends, native, sizes
 from fastdit.native_weights import Packed, Unfit
 
+QUANTIZE = (None, "int8")
+
 
 class NativeForward:
     """A DiT's forward on a CPU in float32, for inference; callable like the model.
@@ -32,14 +34,24 @@ class NativeForward:
 
     Args:
         dit: the model. Whatever it is, calls work; `reason` says why one ran the model itself.
+        quantize: None computes in float32. `"int8"` multiplies in 8 bits in the four Linears of a
+            block: weights with a scale for each output channel, activations with one for each
+            token; embedders, modulations, attention and the final layer stay float32.
+            `quantization_error` tells what that costs.
+
+    Raises:
+        ValueError: `quantize` is neither.
 
     Attributes:
         reason: why the last call ran the model (fused ops around PyTorch's products), or None if
             the compiled library ran it.
     """
 
-    def __init__(self, dit: nn.Module) -> None:
-        self.model = dit
+    def __init__(self, dit: nn.Module, quantize: str | None = None) -> None:
+        if quantize not in QUANTIZE:
+            allowed = ", ".join(map(repr, QUANTIZE))
+            raise ValueError(f"quantize: got {quantize!r}, allowed is {allowed}")
+        self.model, self.quantize = dit, quantize
         self.reason: str | None = None
         self._packed: Packed | None = None
 
@@ -47,13 +59,21 @@ class NativeForward:
         """Pack the weights again at the next call, whether or not they seem to have changed."""
         self._packed = None
 
-    def explain(self, x: Tensor | None = None, conditioning: Tensor | None = None) -> str:
-        """What a call would run, and why; without arguments, any call."""
+    def unfit(self, x: Tensor | None = None, conditioning: Tensor | None = None) -> str | None:
+        """Why a call would run the model, or None; without arguments, any call."""
         try:
             self._ready(x, conditioning)
         except Unfit as why:
+            return str(why)
+        return None
+
+    def explain(self, x: Tensor | None = None, conditioning: Tensor | None = None) -> str:
+        """What a call would run, and why; without arguments, any call."""
+        why = self.unfit(x, conditioning)
+        if why is not None:
             return f"the model: {why}"
-        return "native forward (csrc)"
+        kind = f"{self.quantize} in the blocks' Linears" if self.quantize else "float32"
+        return f"native forward (csrc, {torch.ops.fastdit_native.cpu_isa()}, {kind})"
 
     def _ready(self, *tensors: Tensor | None) -> Packed:
         """The packed weights of now, or `Unfit`: why the library cannot take this call."""
@@ -83,7 +103,7 @@ class NativeForward:
             raise Unfit(str(error).partition("\n")[0]) from None
         self._packed = None  # frees the memory before as much is taken again
         with torch.no_grad():
-            self._packed = packed = Packed(self.model)
+            self._packed = packed = Packed(self.model, self.quantize)
         return packed
 
     def conditioning(
@@ -153,6 +173,13 @@ class NativeForward:
             run = self
         guide = type(self.model).forward_with_cfg  # what the model does, around this forward
         return guide(run, x, t, y, cfg_scale, guided_channels, conditioning=conditioning)
+
+    def quantization_error(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> float:
+        """How far this forward is from the model's own for these inputs: |got - want| / |want|, in
+        the 2-norm over all outputs."""
+        with torch.no_grad():
+            want = self.model(x, t, y).double()
+            return float((self(x, t, y).double() - want).norm() / want.norm())
 
     forward = __call__
 

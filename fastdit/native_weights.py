@@ -175,7 +175,7 @@ class Watch:
 class Packed:
     """A model's weights as the library takes them; they are those of the moment it was made."""
 
-    def __init__(self, dit: nn.Module) -> None:
+    def __init__(self, dit: nn.Module, quantize: str | None) -> None:
         _check_design(dit)
         _check_parameters(dit)
         self.watch = Watch(dit)
@@ -194,7 +194,9 @@ class Packed:
         parameters = [proj.weight.reshape(width, -1), proj.bias, table]
         for linear in linears(dit):
             parameters += [linear.weight, linear.bias]
-        self.weights = ops.forward_pack([p.detach().contiguous() for p in parameters], self.dit)
+        parameters = [p.detach().contiguous() for p in parameters]
+        self.int8 = quantize == "int8"
+        self.weights = ops.forward_pack(parameters, self.dit, self.int8)
         self.conditions = _published_conditioning(dit)
         if self.conditions:
             self._take_conditioning(dit)
@@ -230,10 +232,10 @@ class Packed:
         # Taken out while it is in use: a second thread makes its own.
         workspace = self.workspaces.pop(batch, None)
         if workspace is None:
-            workspace = torch.empty(ops.forward_workspace(self.dit, batch))
+            workspace = torch.empty(ops.forward_workspace(self.dit, batch, self.int8))
             self.workspaces.clear()
         rows = rows if rows.stride(1) == 1 else rows.contiguous()
         x = x.unsqueeze(2) if self.signal else x
-        out = ops.forward(x, rows, self.weights, workspace, self.dit)
+        out = ops.forward(x, rows, self.weights, workspace, self.dit, self.int8)
         self.workspaces[batch] = workspace
         return out.squeeze(2) if self.signal else out

@@ -9,42 +9,24 @@ batch starting from it, and noise for 2B rows at every step. A seed gives its sa
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastdit.diffusion import create_diffusion
 from fastdit.flow import Guidance, Transport
 from fastdit.flow import sampling as flow_sampling
 from fastdit.model import DiT
+from fastdit.sampler import DIFFUSION_SOLVERS, Preview, Sampler
+from fastdit.sampler.conditions import Classes, given_conditions
 
-SOLVERS = ("ddpm", "ddim", "dpm++")
+SOLVERS = DIFFUSION_SOLVERS
 Observer = Callable[[float, Tensor, Tensor], None]
 
 
 def _allowed(name: str, got: object, allowed: str) -> ValueError:
     return ValueError(f"{name}: got {got!r}, allowed is {allowed}")
-
-
-def _condition(model: DiT, classes: Any, device: torch.device) -> tuple[int, Tensor | None]:
-    """How many samples, and their y."""
-    if model.y_embedder is None:
-        if not isinstance(classes, int) or classes < 1:
-            raise _allowed("classes", classes, "a number of samples, of a model without condition")
-        return classes, None
-    if model.design.condition_dim:
-        vectors, width = torch.as_tensor(classes), model.design.condition_dim
-        if vectors.dim() != 2 or vectors.shape[1] != width or len(vectors) == 0:
-            raise _allowed("classes", tuple(vectors.shape), f"(B, {width}) vectors")
-        return len(vectors), vectors.to(device)
-    labels = torch.as_tensor(classes, dtype=torch.int64)
-    if labels.dim() != 1 or labels.numel() == 0:
-        raise _allowed("classes", tuple(labels.shape), "a non-empty list of labels")
-    if labels.min() < 0 or labels.max() >= model.num_classes:
-        raise _allowed("classes", labels.tolist(), f"0 to {model.num_classes - 1}")
-    return len(labels), labels.to(device)
 
 
 @contextlib.contextmanager
@@ -62,9 +44,9 @@ def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
 @torch.no_grad()
 def sample(
     model: DiT,
-    classes: Sequence[int] | Tensor | int,
+    classes: Classes,
     *,
-    steps: int = 250,
+    steps: int | None = None,
     cfg_scale: float = 4.0,
     solver: str | None = None,
     eta: float = 0.0,
@@ -73,7 +55,13 @@ def sample(
     clip_denoised: bool = False,
     progress: bool = False,
     transport: Transport | None = None,
-    guidance_interval: tuple[float, float] = (0.0, 1.0),
+    guidance_interval: tuple[float, float] | None = None,
+    quality: str | None = None,
+    spacing: str | None = None,
+    chunk: int | None = None,
+    graph: bool | None = None,
+    native: bool | None = None,
+    quantize: str | None = None,
     observe: Observer | None = None,
 ) -> Tensor:
     """Class-conditional samples.
@@ -82,7 +70,7 @@ def sample(
         model: a DiT in eval mode; the samples are made on its device.
         classes: B labels; `(B, condition_dim)` vectors for a model of these; for one without
             condition the number of samples.
-        steps: denoising steps, spread evenly over the 1000 of training.
+        steps: denoising steps (default 250), spread over the 1000 of training.
         cfg_scale: classifier-free guidance; 1 is none and runs the model on B rows instead of 2B.
         solver: `"ddpm"` (ancestral, the default), `"ddim"` or `"dpm++"` (DPM-Solver++(2M),
             deterministic); with a transport `"heun"` (the default), `"euler"`, `"dopri5"` or
@@ -94,8 +82,10 @@ def sample(
         clip_denoised: clamp each predicted x0 to [-1, 1]; for models of pixels.
         progress: show a progress bar.
         transport: of a model trained by flow matching, what it was trained with.
-        guidance_interval: with a transport, the times in [0, 1], from noise to data, between
-            which to guide.
+        guidance_interval: the timesteps between which to guide; with a transport, the times in
+            [0, 1], from noise to data.
+        quality, spacing, chunk, graph, native, quantize: see `fastdit.Sampler`; without a
+            transport. With `chunk` each chunk draws as a call of its own.
         observe: called after each step (each call of a flow's model) with the time that the model
             was given, its x, and the data that it predicts, both `(B, C, H, W)`.
 
@@ -108,68 +98,109 @@ def sample(
 
     Source: Peebles & Xie 2022; Song et al. 2021; Lu et al. 2022.
     """
-    if solver is None:
-        solver = "ddpm" if transport is None else "heun"
-    if transport is not None and clip_denoised:
-        raise _allowed("clip_denoised", clip_denoised, "False with a transport")
-    if transport is None and tuple(guidance_interval) != (0, 1):
-        raise _allowed("guidance_interval", guidance_interval, "(0, 1) without a transport")
-    if transport is None and solver not in SOLVERS:
-        raise _allowed("solver", solver, ", ".join(map(repr, SOLVERS)))
-    if eta and solver != "ddim":
-        raise _allowed("eta", eta, f"0 with solver={solver!r}")
-    parameter = next(model.parameters())
-    count, y = _condition(model, classes, parameter.device)
-    guided = cfg_scale != 1
-    if guided and not model.guidable:
-        raise _allowed("cfg_scale", cfg_scale, "1 for a model without a null class")
-
-    channels = min(3, model.in_channels) if guided_channels is None else guided_channels
-    shape = (count, model.in_channels, *model.input_size)
     if transport is not None:
-        guidance = Guidance(cfg_scale, guidance_interval, channels)
-        with _seeded(seed, parameter.device):
-            z = torch.randn(*shape, device=parameter.device).to(parameter.dtype)
-            return flow_sampling.draw(
-                transport,
-                model,
-                z,
-                y,
-                steps=steps,
-                solver=solver,
-                guidance=guidance if guided else None,
-                progress=progress,
-                observe=observe,
-            )
-
-    call: Callable[..., Tensor] = model
-    kwargs: dict[str, Any] = {"y": y}
-    if guided:
-        kwargs = {"y": torch.cat([y, model.null_condition(count)]), "cfg_scale": cfg_scale}
-        kwargs["guided_channels"] = channels
-        call = model.forward_with_cfg
-    diffusion = create_diffusion(str(steps), learn_sigma=model.learn_sigma)
-    loop: Callable[..., Iterator[dict[str, Tensor]]] = {
-        "ddpm": diffusion.p_sample_loop_progressive,
-        "ddim": diffusion.ddim_sample_loop_progressive,
-        "dpm++": diffusion.dpm_solver_sample_loop_progressive,
-    }[solver]
-    options: dict[str, Any] = {"eta": eta} if solver == "ddim" else {}
-    with _seeded(seed, parameter.device):
-        z = torch.randn(*shape, device=parameter.device).to(parameter.dtype)
-        x = torch.cat([z, z]) if guided else z
-        run = loop(
-            call,
-            x.shape,
-            x,
+        return _flow(
+            model,
+            classes,
+            transport,
+            steps=250 if steps is None else steps,
+            cfg_scale=cfg_scale,
+            solver=solver or "heun",
+            eta=eta,
+            seed=seed,
+            guided_channels=guided_channels,
             clip_denoised=clip_denoised,
-            model_kwargs=kwargs,
-            device=parameter.device,
             progress=progress,
-            **options,
+            guidance_interval=(0.0, 1.0) if guidance_interval is None else guidance_interval,
+            observe=observe,
+            others={
+                "quality": quality,
+                "spacing": spacing,
+                "chunk": chunk,
+                "graph": graph,
+                "native": native,
+                "quantize": quantize,
+            },
         )
-        for t, out in zip(reversed(diffusion.timestep_map), run, strict=True):
-            if observe is not None:
-                observe(float(t), x[:count], out["pred_xstart"][:count])
-            x = out["sample"]
-    return x[:count]
+    sampler = Sampler(
+        model,
+        quality=quality,
+        solver=solver,
+        steps=steps,
+        spacing=spacing,
+        eta=eta,
+        cfg_scale=cfg_scale,
+        guided_channels=guided_channels,
+        guidance_interval=guidance_interval,
+        clip_denoised=clip_denoised,
+        chunk=chunk,
+        graph=graph,
+        native=native,
+        quantize=quantize,
+    )
+    device = next(model.parameters()).device
+    with _seeded(seed, device):
+        if observe is None:
+            return sampler(classes, progress=progress)
+        return _observed(sampler, classes, progress, observe)
+
+
+def _observed(sampler: Sampler, classes: Classes, progress: bool, observe: Observer) -> Tensor:
+    """A run whose steps are told to `observe` with the x that the model saw."""
+    _y, count = given_conditions(sampler.model, classes)
+    x = sampler.start_noise(count)
+    times = sampler.plan.times
+
+    def tell(preview: Preview) -> None:
+        nonlocal x
+        observe(float(times[preview.step]), x[preview.samples], preview.x0)
+        x = torch.cat([x[: preview.samples.start], preview.x, x[preview.samples.stop :]])
+
+    return sampler(classes, noise=x, progress=progress, callback=tell)
+
+
+def _flow(
+    model: DiT,
+    classes: Classes,
+    transport: Transport,
+    *,
+    steps: int,
+    cfg_scale: float,
+    solver: str,
+    eta: float,
+    seed: int | None,
+    guided_channels: int | None,
+    clip_denoised: bool,
+    progress: bool,
+    guidance_interval: tuple[float, float],
+    observe: Observer | None,
+    others: dict[str, Any],
+) -> Tensor:
+    """Samples of a flow."""
+    if clip_denoised:
+        raise _allowed("clip_denoised", clip_denoised, "False with a transport")
+    if eta:
+        raise _allowed("eta", eta, f"0 with solver={solver!r}")
+    for name, value in others.items():
+        if value is not None:
+            raise _allowed(name, value, "None with a transport; fastdit.Sampler takes both")
+    if cfg_scale != 1 and not model.guidable:
+        raise _allowed("cfg_scale", cfg_scale, "1 for a model without a null class")
+    parameter = next(model.parameters())
+    y, count = given_conditions(model, classes)
+    channels = min(3, model.in_channels) if guided_channels is None else guided_channels
+    guidance = Guidance(cfg_scale, guidance_interval, channels)
+    with _seeded(seed, parameter.device):
+        shape = (count, model.in_channels, *model.input_size)
+        z = torch.randn(*shape, device=parameter.device).to(parameter.dtype)
+        return flow_sampling.draw(
+            transport,
+            model,
+            z,
+            None if y is None else y.to(parameter.device),
+            steps=steps,
+            solver=solver,
+            guidance=guidance if cfg_scale != 1 else None,
+            progress=progress,
+            observe=observe,
+        )

@@ -20,7 +20,7 @@ from fastdit.backends import Kernel
 from fastdit.kernels import rows
 from fastdit.kernels.launch import on_device
 from fastdit.kernels.row_gradients import row_gradients
-from fastdit.kernels.rows import Tile, load, normalise, store_modulated
+from fastdit.kernels.rows import Tile, load, normalise, store_modulated_row
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -35,13 +35,10 @@ def adaln_kernel(
     main, tail = load(x_row, 0, MAIN, D), load(x_row, MAIN, TAIL, D)
     full: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
     main, tail = normalise(main, tail, mean_ptr, rstd_ptr, row, eps, D, MAIN, TAIL, LAYER, full)
-    # The tail first: the other order takes 40 registers instead of 32 (width 768, sm_80).
-    store_modulated(
-        out_row, tail, shift, scale, weight_ptr, bias_ptr, sample, token, MAIN, TAIL, D, PLUS_ONE
-    )
-    store_modulated(
-        out_row, main, shift, scale, weight_ptr, bias_ptr, sample, token, 0, MAIN, D, PLUS_ONE
-    )
+    store_modulated_row(
+        out_row, main, tail, shift, scale, weight_ptr, bias_ptr, sample, token,
+        D, MAIN, TAIL, PLUS_ONE,
+    )  # fmt: skip
 
 
 def adaln(x, shift, scale, weight, bias, eps, norm, plus_one) -> tuple[Tensor, Tensor, Tensor]:

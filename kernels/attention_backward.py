@@ -135,7 +135,13 @@ DQ: Table = {
     "sm_80": (Tile(128, 64, 32, 4, 2),),
     "sm_86": (Tile(128, 64, 32, 4, 2),),
     "sm_90": (Tile(128, 64, 64, 4, 2, tokens=64), Tile(128, 128, 64, 8, 2)),
-    "sm_100": (Tile(128, 64, 64, 4, 2, tokens=64), Tile(128, 128, 64, 8, 2)),
+    # 104 and 112 channels are three parts: with 64 keys 576 columns of tensor memory, of 512.
+    "sm_100": (
+        Tile(128, 64, 64, 4, 2, tokens=64),
+        Tile(96, 128, 64, 8, 2),
+        Tile(112, 128, 32, 8, 2),
+        Tile(128, 128, 64, 8, 2),
+    ),
     "gfx942": (Tile(128, 64, 32, 4, 1),),
 }
 DKV: Table = {

@@ -19,7 +19,7 @@ from fastdit.backends import Kernel
 from fastdit.kernels import rows
 from fastdit.kernels.launch import on_device
 from fastdit.kernels.row_gradients import row_gradients
-from fastdit.kernels.rows import Tile, gated_sum, normalise, store, store_modulated
+from fastdit.kernels.rows import Tile, gated_sum, normalise, store, store_modulated_row
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -38,13 +38,10 @@ def gated_adaln_kernel(
     store(h_row, tail, MAIN, TAIL, D)
     full: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
     main, tail = normalise(main, tail, mean_ptr, rstd_ptr, row, eps, D, MAIN, TAIL, LAYER, full)
-    # The tail first: the other order takes 40 registers instead of 32 (width 768, sm_80).
-    store_modulated(
-        out_row, tail, shift, scale, weight_ptr, bias_ptr, sample, token, MAIN, TAIL, D, PLUS_ONE
-    )
-    store_modulated(
-        out_row, main, shift, scale, weight_ptr, bias_ptr, sample, token, 0, MAIN, D, PLUS_ONE
-    )
+    store_modulated_row(
+        out_row, main, tail, shift, scale, weight_ptr, bias_ptr, sample, token,
+        D, MAIN, TAIL, PLUS_ONE,
+    )  # fmt: skip
 
 
 def gated_adaln(

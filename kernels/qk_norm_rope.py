@@ -245,6 +245,15 @@ def _tables(cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor | None, Tens
     return cos, sin, cos.stride(0) if cos.dim() == 3 else 0
 
 
+def _shared(q: Tensor, cos, sin, eps: float, norm: str | None, layout: tuple, rows: int):
+    """What both kernels take last: their arguments in order, and those by name."""
+    batch, heads, tokens, _ = q.shape
+    unit = stride_unit(q)
+    counts = (batch * tokens * heads, tokens, heads)
+    sizes = (*_tables(cos, sin), eps, *counts, q.stride(0) // unit, q.stride(2) // unit)
+    return sizes, {"UNIT": unit, "ROWS": rows, "NORM": norm or "none", "LAYOUT": layout}
+
+
 def _contiguous(parameter: Tensor | None) -> Tensor | None:
     return None if parameter is None else parameter.contiguous()
 
@@ -263,29 +272,11 @@ def prepare(
     layout, rows = _layout(head_dim, interleaved)
     out = qkv.new_empty(batch, tokens, 2, heads, head_dim)
     q_out, k_out = out.permute(2, 0, 3, 1, 4).unbind(0)
-    cos, sin, table_batch = _tables(cos, sin)
     affine = map(_contiguous, (q_weight, q_bias, k_weight, k_bias))
-    unit = stride_unit(q)
+    sizes, options = _shared(q, cos, sin, eps, norm, layout, rows)
     with launch.on_device(qkv):
         prepare_kernel[(triton.cdiv(batch * tokens * heads, rows),)](
-            q,
-            k,
-            q_out,
-            k_out,
-            *affine,
-            cos,
-            sin,
-            table_batch,
-            eps,
-            batch * tokens * heads,
-            tokens,
-            heads,
-            q.stride(0) // unit,
-            q.stride(2) // unit,
-            UNIT=unit,
-            ROWS=rows,
-            NORM=norm or "none",
-            LAYOUT=layout,
+            q, k, q_out, k_out, *affine, *sizes, **options
         )
     return q_out, k_out, v
 
@@ -306,30 +297,10 @@ def prepare_backward(
     tiles = triton.cdiv(batch * tokens * heads, rows)
     programs = min(tiles, PROGRAMS) if wanted else tiles
     partial = qkv.new_empty(programs, 4, head_dim, dtype=torch.float32) if wanted else None
-    cos, sin, table_batch = _tables(cos, sin)
-    unit = stride_unit(q)
+    sizes, options = _shared(q, cos, sin, eps, norm, layout, rows)
     with launch.on_device(qkv):
         prepare_backward_kernel[(programs,)](
-            dq,
-            dk,
-            q,
-            k,
-            _contiguous(q_weight),
-            _contiguous(k_weight),
-            partial,
-            cos,
-            sin,
-            table_batch,
-            eps,
-            batch * tokens * heads,
-            tokens,
-            heads,
-            q.stride(0) // unit,
-            q.stride(2) // unit,
-            UNIT=unit,
-            ROWS=rows,
-            NORM=norm or "none",
-            LAYOUT=layout,
+            dq, dk, q, k, _contiguous(q_weight), _contiguous(k_weight), partial, *sizes, **options
         )
     sums = partial.sum(0) if wanted else None
     return tuple(

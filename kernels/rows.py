@@ -305,6 +305,21 @@ def store_modulated(
 
 
 @triton.jit
+def store_modulated_row(
+    row_ptr, main, tail, shift, scale, weight_ptr, bias_ptr, sample, token,
+    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, PLUS_ONE: tl.constexpr,
+):  # fmt: skip
+    """Both parts. The tail first: the other order takes 40 registers instead of 32 (width 768,
+    sm_80)."""
+    store_modulated(
+        row_ptr, tail, shift, scale, weight_ptr, bias_ptr, sample, token, MAIN, TAIL, D, PLUS_ONE
+    )
+    store_modulated(
+        row_ptr, main, shift, scale, weight_ptr, bias_ptr, sample, token, 0, MAIN, D, PLUS_ONE
+    )
+
+
+@triton.jit
 def gated_sum(
     x_row, y_row, gate, sample, token, START: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr
 ):  # fmt: skip

@@ -57,6 +57,11 @@ def test_a_timestep_shift_moves_the_grid():
     sample(x, exact(transport, seen))
     times = [0.25 * t / (1 - 0.75 * t) for t in (0, 0.25, 0.5, 0.75)]
     assert [t for _rows, t in seen] == pytest.approx(times)
+    seen.clear()
+    Sampler(transport).sample_ode_likelihood(sampling_method="euler", num_steps=5)(
+        x, exact(transport, seen)
+    )
+    assert [t for _rows, t in seen] == pytest.approx([1.0, *times[:0:-1]])
 
 
 @pytest.mark.parametrize("form", [form for form in FORMS if form != "inccreasing-decreasing"])

@@ -34,10 +34,13 @@ def test_the_designs_see_the_same(tmp_path, monkeypatch, capsys):
     assert Image.open(tmp_path / "gallery_loss.png").size == (840, 480)
 
 
-def test_time_ends_a_run():
-    entry = gallery.train_design("in-context", seconds=1e-9, max_steps=None)
-    assert entry.trainer.steps_done == 1
-    assert entry.seconds > 0
+def test_minutes_are_steps(monkeypatch):
+    """A clock that moves half a second a step."""
+    steps: list[int] = []
+    monkeypatch.setattr(gallery.Trainer, "step", lambda self: steps.append(1))
+    monkeypatch.setattr(gallery.time, "process_time", lambda: 0.5 * len(steps))
+    assert gallery.steps_within("in-context", seconds=60) == 120
+    assert gallery.steps_within("in-context", seconds=1e-9) == 1
 
 
 def test_the_running_mean():

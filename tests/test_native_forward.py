@@ -132,9 +132,50 @@ def test_published_outputs(isa, name):
     assert golden.relative_error(guided, data["cfg_out"]) < 3e-6
 
 
-def test_a_sample_has_the_same_bits_in_any_batch_and_on_any_number_of_threads(isa):
+def regular(**kwargs) -> fastdit.DiT:
+    """As initialised, with gates and a last layer that are not zero."""
+    torch.manual_seed(0)
+    shape = {"input_size": 8, "hidden_size": 132, "depth": 3, "num_heads": 4, "num_classes": 5}
+    model = fastdit.DiT(**{**shape, **kwargs}).eval()
+    for layer in (*model.blocks, model.final_layer):
+        nn.init.normal_(layer.adaLN_modulation[1].weight, std=0.05)
+        nn.init.normal_(layer.adaLN_modulation[1].bias, std=0.05)
+    nn.init.normal_(model.final_layer.linear.weight, std=0.02)
+    return model
+
+
+@pytest.mark.parametrize("shape", [{}, {"hidden_size": 36, "mlp_ratio": 2.1}], ids=str)
+def test_int8_is_within_three_thousandths(isa, shape):
+    model = regular(**shape)
+    run, args = NativeForward(model, quantize="int8"), inputs(model)
+    found = run.quantization_error(*args)
+    assert run.reason is None
+    assert "int8" in run.explain()
+    assert 1e-5 < found <= 3e-3
+    assert torch.equal(run(*args)[1:], run(*(a[1:] for a in args)))
+    assert NativeForward(model).quantization_error(*args) < 1e-6
+
+
+def test_int8_keeps_nan_to_its_sample(isa):
+    model = regular()
+    run, (x, t, y) = NativeForward(model, quantize="int8"), inputs(model)
+    clean = run(x, t, y)
+    x[0, 0, 3, 3] = float("nan")
+    assert run(x, t, y)[0].isnan().all()
+    assert torch.equal(run(x, t, y)[1], clean[1])
+    model.blocks[0].mlp.fc2.weight[3, 3] = float("inf")
+    assert run(x, t, y).isnan().all()
+
+
+def test_quantize_has_two_values():
+    with pytest.raises(ValueError, match=r"^quantize: got 'int4', allowed is None, 'int8'"):
+        NativeForward(small(), quantize="int4")
+
+
+@pytest.mark.parametrize("kind", [None, "int8"])
+def test_a_sample_has_the_same_bits_in_any_batch_and_on_any_number_of_threads(isa, kind):
     model = small(**SHAPES["two blocks of keys"])
-    run, (x, t, y), threads = NativeForward(model), inputs(model, 3), torch.get_num_threads()
+    run, (x, t, y), threads = NativeForward(model, kind), inputs(model, 3), torch.get_num_threads()
     try:
         torch.set_num_threads(1)
         whole = run(x, t, y)
@@ -351,3 +392,22 @@ def test_threads_share_one_forward():
     for worker in workers:
         worker.join()
     assert not wrong
+
+
+def test_a_sampler_takes_it_where_it_fits():
+    model = small(input_size=8, learn_sigma=True)
+    options = {"steps": 3, "solver": "ddim", "cfg_scale": 2.0}
+    plain = fastdit.Sampler(model, native=False, **options)([1, 3], seed=0)
+    sampler = fastdit.Sampler(model, **options)
+    assert error(sampler([1, 3], seed=0), plain.double()) < 2e-5
+    assert sampler._forward.reason is None
+    int8 = fastdit.Sampler(model, quantize="int8", **options)([1, 3], seed=0)
+    assert 1e-5 < error(int8, plain.double()) < 0.1
+    hook = model.blocks[0].register_forward_hook(lambda *_args: None)
+    assert error(sampler([1, 3], seed=0), plain.double()) < 2e-5
+    assert "hook" in sampler._forward.reason
+    with pytest.raises(fastdit.BackendError, match=r"native=True: .* a module has a forward hook"):
+        fastdit.Sampler(model, native=True, **options)([1])
+    hook.remove()
+    with pytest.raises(ValueError, match="native: got False with quantize='int8'"):
+        fastdit.Sampler(model, native=False, quantize="int8")

@@ -8,26 +8,35 @@
 namespace fastdit {
 namespace {
 
-// C in a grid of panels and, where there are few, blocks of rows: four items a thread or more.
-void multiply(const Gemm& g) {
+// block(row, row_end, panel, panel_end) over a grid of panels and, where there are few, parts of the
+// rows: four items a thread or more.
+template <class F>
+void in_blocks(const Gemm& g, const F& block) {
   const int64_t panels = (g.columns + panel() - 1) / panel();
   const int64_t wanted = threads() == 1 ? 1 : (4 * threads() + panels - 1) / panels;
   const int64_t parts = std::max<int64_t>(1, std::min(wanted, g.rows / 16));
   shared(parts * panels, double(g.rows) * g.columns * g.depth, [&](int64_t begin, int64_t end) {
-    int64_t floats;
-    gemm_scratch(g, floats);
-    float* scratch = scratch_floats(floats);
     while (begin < end) {
       const int64_t part = begin / panels, first = begin % panels;
       const int64_t last = std::min(panels, first + end - begin);
-      gemm_block(g, g.rows * part / parts, g.rows * (part + 1) / parts, first, last, scratch);
+      block(g.rows * part / parts, g.rows * (part + 1) / parts, first, last);
       begin += last - first;
     }
   });
 }
 
-void normalise(const Norm& n, int64_t rows) {
-  shared(rows, double(rows) * n.width, [&](int64_t begin, int64_t end) { norm_rows(n, begin, end); });
+void multiply(const Gemm& g) {
+  int64_t floats;
+  gemm_scratch(g, floats);
+  in_blocks(g, [&](int64_t row, int64_t row_end, int64_t first, int64_t last) {
+    gemm_block(g, row, row_end, first, last, scratch_floats(floats));
+  });
+}
+
+void multiply(const GemmInt8& g) {
+  in_blocks(g.g, [&](int64_t row, int64_t row_end, int64_t first, int64_t last) {
+    gemm_int8_block(g, row, row_end, first, last);
+  });
 }
 
 void attend(Attention& a, int64_t batch) {
@@ -106,9 +115,9 @@ struct Forward {
   float* memory;
   int64_t batch, rows, stride;
 
-  Forward(const Dit& dit, int64_t batch, const float* packed, float* memory)
-      : d(dit), layout(dit), space(dit, batch), packed(packed), memory(memory), batch(batch),
-        rows(batch * dit.tokens()), stride(row_stride(dit.hidden)) {}
+  Forward(const Dit& dit, int64_t batch, int64_t group, const float* packed, float* memory)
+      : d(dit), layout(dit, group), space(dit, batch, group), packed(packed), memory(memory),
+        batch(batch), rows(batch * dit.tokens()), stride(row_stride(dit.hidden)) {}
 
   float* stream() const { return memory + space.stream; }
   float* normed() const { return memory + space.normed; }
@@ -126,19 +135,47 @@ struct Forward {
     return g;
   }
 
-  void norm(int64_t shift, int64_t scale) const {
+  Norm norm(int64_t shift, int64_t scale) const {
     Norm n;
     n.x = stream(), n.out = normed(), n.stride = stride;
     n.mul = modulation(scale), n.add = modulation(shift), n.mul_step = modulation_step();
     n.tokens = d.tokens(), n.width = d.hidden, n.eps = 1e-6f;
-    normalise(n, rows);
+    return n;
+  }
+
+  void normalise(const Norm& n) const {
+    shared(rows, double(rows) * n.width,
+           [&](int64_t begin, int64_t end) { norm_rows(n, begin, end); });
+  }
+
+  Quantized quantized(const Gemm& g) const {
+    auto* zeros = reinterpret_cast<int32_t*>(memory + space.zeros);
+    auto* words = reinterpret_cast<uint32_t*>(memory + space.words);
+    return {g.a, g.a_stride, g.depth, words, space.words_stride, memory + space.scales, zeros};
+  }
+
+  // g of the Linear, behind a normalisation if there is one: in 8 bits where the Linear is.
+  void run(const Linear& l, const Gemm& g, const Norm* n = nullptr) const {
+    if (!l.group) {
+      if (n) normalise(*n);
+      return multiply(g);
+    }
+    const Quantized q = quantized(g);
+    shared(rows, 4.0 * rows * g.depth, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        if (n) norm_rows(*n, row, row + 1);
+        quantize_rows(q, row, row + 1);
+      }
+    });
+    multiply(GemmInt8{g, q, reinterpret_cast<const int32_t*>(packed + l.weight), packed + l.scale,
+                      reinterpret_cast<const int32_t*>(packed + l.sums)});
   }
 
   // stream += gate·Linear(a)
   void branch(const Linear& l, const float* a, int64_t a_stride, int64_t gate) const {
     Gemm g = gemm(l, a, a_stride, stream(), stride);
     g.epilogue = Epilogue::gate, g.row = modulation(gate), g.row_step = modulation_step();
-    multiply(g);
+    run(l, g);
   }
 
   void embed(const Tensor& x) const {
@@ -153,47 +190,48 @@ struct Forward {
   void block(int64_t index) const {
     const Linear* l = &layout.blocks[PackedLayout::kPerBlock * index];
     const int64_t first = 6 * index, wide_stride = space.wide_stride;
-    norm(first, first + 1);
-    multiply(gemm(l[0], normed(), stride, wide(), wide_stride));
+    const Norm before = norm(first, first + 1), between = norm(first + 3, first + 4);
+    run(l[0], gemm(l[0], normed(), stride, wide(), wide_stride), &before);
     Attention a{wide(), wide_stride, normed(), stride, d.tokens(), d.heads, d.hidden / d.heads};
     attend(a, batch);
     branch(l[1], normed(), stride, first + 2);
-    norm(first + 3, first + 4);
     Gemm g = gemm(l[2], normed(), stride, wide(), wide_stride);
     g.epilogue = Epilogue::gelu;
-    multiply(g);
+    run(l[2], g, &between);
     branch(l[3], wide(), wide_stride, first + 5);
   }
 
   void finish(float* image) const {
-    norm(6 * d.depth, 6 * d.depth + 1);
-    multiply(gemm(layout.last, normed(), stride, wide(), space.wide_stride));
+    const Norm last = norm(6 * d.depth, 6 * d.depth + 1);
+    run(layout.last, gemm(layout.last, normed(), stride, wide(), space.wide_stride), &last);
     scatter_pixels(d, wide(), space.wide_stride, batch, image);
   }
 };
 
-int64_t forward_workspace(std::vector<int64_t> numbers, int64_t batch) {
-  return Workspace(dit_of(numbers), batch).floats;
+int64_t forward_workspace(std::vector<int64_t> numbers, int64_t batch, bool int8) {
+  return Workspace(dit_of(numbers), batch, group_of(int8)).floats;
 }
 
 Tensor forward(const Tensor& x, const Tensor& conditioning, const Tensor& packed,
-               const Tensor& workspace, std::vector<int64_t> numbers) {
+               const Tensor& workspace, std::vector<int64_t> numbers, bool int8) {
   const Dit d = dit_of(numbers);
+  const int64_t group = group_of(int8);
   const int64_t batch = x.dim() ? x.size(0) : 0;
   check_shape(x, {batch, d.channels, d.height, d.width}, "x");
   check_shape(conditioning, {batch, d.modulations()}, "conditioning");
   for (const Tensor* t : {&x, &conditioning})
     STD_TORCH_CHECK(t->scalar_type() == ScalarType::Float && t->is_cpu(), "x: must be float32");
   STD_TORCH_CHECK(conditioning.stride(1) == 1, "conditioning: rows must be dense");
-  const float* weights = floats_of(packed, {PackedLayout(d).floats}, "packed");
-  STD_TORCH_CHECK(weights[0] == float(panel()), "packed: for another instruction set");
-  const int64_t floats = Workspace(d, batch).floats;
+  const float* weights = floats_of(packed, {PackedLayout(d, group).floats}, "packed");
+  STD_TORCH_CHECK(weights[0] == float(panel()) && weights[1] == float(group),
+                  "packed: for another instruction set");
+  const int64_t floats = Workspace(d, batch, group).floats;
   STD_TORCH_CHECK(workspace.numel() >= floats, "workspace: too small");
   floats_of(workspace, {workspace.numel()}, "workspace");
   Tensor out = empty({batch, d.out_channels, d.height, d.width}, ScalarType::Float);
   if (batch == 0) return out;
   const auto address = reinterpret_cast<uintptr_t>(workspace.data_ptr());
-  const Forward f(d, batch, weights, reinterpret_cast<float*>((address + 63) / 64 * 64));
+  const Forward f(d, batch, group, weights, reinterpret_cast<float*>((address + 63) / 64 * 64));
   spread_modulations(d, conditioning, f.memory + f.space.modulations);
   f.embed(x);
   for (int64_t i = 0; i < d.depth; ++i) f.block(i);
@@ -205,9 +243,10 @@ Tensor forward(const Tensor& x, const Tensor& conditioning, const Tensor& packed
 }  // namespace fastdit
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastdit_native, m) {
-  m.def("forward_workspace(int[] dit, int batch) -> int");
+  m.def("forward_workspace(int[] dit, int batch, bool int8) -> int");
   m.def(
-      "forward(Tensor x, Tensor conditioning, Tensor packed, Tensor workspace, int[] dit) -> Tensor");
+      "forward(Tensor x, Tensor conditioning, Tensor packed, Tensor workspace, int[] dit, bool int8) "
+      "-> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastdit_native, CPU, m) {
   m.impl("forward", TORCH_BOX(&fastdit::forward));

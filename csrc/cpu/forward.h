@@ -46,6 +46,35 @@ struct Pack {
   float* to = nullptr;
 };
 
+// Rows of A in 8 bits, each with a scale and a zero point of its own: a = scale·(q − zero), q in 0 to
+// 255. A word of 32 bits holds `group` of them: 4 as bytes for VNNI's products, else 2 of 16 bits.
+struct Quantized {
+  const float* x = nullptr;  // what is quantised
+  int64_t x_stride = 0, width = 0;
+  uint32_t* words = nullptr;
+  int64_t stride = 0;  // words
+  float* scale = nullptr;
+  int32_t* zero = nullptr;
+};
+
+// A product in 8 bits: C = epilogue(scale·b_scale·(Σ q·w − zero·Σ w) + bias), the sums in integers.
+struct GemmInt8 {
+  Gemm g;  // without a and b
+  Quantized a;
+  const int32_t* b = nullptr;  // packed words of weights
+  const float* b_scale = nullptr;
+  const int32_t* b_sums = nullptr;
+};
+
+// A (rows, depth) weight as panels of words; scale and sums of each row, padded with zeros.
+struct PackInt8 {
+  const float* weight = nullptr;
+  int64_t rows = 0, depth = 0;
+  int32_t* to = nullptr;
+  float* scale = nullptr;
+  int32_t* sums = nullptr;
+};
+
 // out = (x − mean)·rstd·mul + add, a row each; mul and add are the sample's.
 struct Norm {
   const float* x = nullptr;
@@ -85,6 +114,12 @@ FASTDIT_KERNEL(gemm_block,
                 float* scratch),
                (g, row, row_end, panel, panel_end, scratch))
 FASTDIT_KERNEL(gemm_scratch, (const Gemm& g, int64_t& floats), (g, floats))
+FASTDIT_KERNEL(int8_group, (int64_t& group), (group))
+FASTDIT_KERNEL(pack_int8_panels, (const PackInt8& p, int64_t begin, int64_t end), (p, begin, end))
+FASTDIT_KERNEL(quantize_rows, (const Quantized& q, int64_t begin, int64_t end), (q, begin, end))
+FASTDIT_KERNEL(gemm_int8_block,
+               (const GemmInt8& g, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end),
+               (g, row, row_end, panel, panel_end))
 FASTDIT_KERNEL(norm_rows, (const Norm& n, int64_t begin, int64_t end), (n, begin, end))
 FASTDIT_KERNEL(attention_items, (const Attention& a, int64_t begin, int64_t end, float* scratch),
                (a, begin, end, scratch))

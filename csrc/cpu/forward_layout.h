@@ -23,10 +23,14 @@ struct Dit {
   int64_t modulations() const { return (6 * depth + 2) * hidden; }
 };
 
-// A Linear in the packed memory: offsets in floats.
+// A Linear in the packed memory: offsets in floats. Where it is in 8 bits its weight is words of
+// `group` numbers, and each output channel has a scale and the sum of its integers.
 struct Linear {
   int64_t weight, bias, rows, depth;
+  int64_t group = 0, scale = 0, sums = 0;
 };
+
+inline int64_t words_of(int64_t depth, int64_t group) { return (depth + group - 1) / group; }
 
 // The packed memory: a cache line that names the panel's width, then every matrix, each aligned.
 struct PackedLayout {
@@ -36,14 +40,15 @@ struct PackedLayout {
   std::vector<Linear> blocks;
   int64_t floats = 16;
 
-  explicit PackedLayout(const Dit& d) {
+  // `group` 0 is all float; else the blocks' weights lie in 8 bits.
+  PackedLayout(const Dit& d, int64_t group) {
     patch = linear(d.hidden, d.patch_size());
     positions = take(d.tokens() * padded(d.hidden));
     for (int64_t i = 0; i < d.depth; ++i) {
-      blocks.push_back(linear(3 * d.hidden, d.hidden));
-      blocks.push_back(linear(d.hidden, d.hidden));
-      blocks.push_back(linear(d.mlp, d.hidden));
-      blocks.push_back(linear(d.hidden, d.mlp));
+      blocks.push_back(linear(3 * d.hidden, d.hidden, group));
+      blocks.push_back(linear(d.hidden, d.hidden, group));
+      blocks.push_back(linear(d.mlp, d.hidden, group));
+      blocks.push_back(linear(d.hidden, d.mlp, group));
     }
     last = linear(d.pixels(), d.hidden);
   }
@@ -54,18 +59,21 @@ struct PackedLayout {
     floats += (count + 15) / 16 * 16;
     return at;
   }
-  Linear linear(int64_t rows, int64_t depth) {
-    const int64_t weight = take(padded(rows) * depth);
-    return {weight, take(padded(rows)), rows, depth};
+  Linear linear(int64_t rows, int64_t depth, int64_t group = 0) {
+    const int64_t weight = take(padded(rows) * (group ? words_of(depth, group) : depth));
+    Linear l{weight, take(padded(rows)), rows, depth, group};
+    if (group) l.scale = take(padded(rows)), l.sums = take(padded(rows));
+    return l;
   }
 };
 
 // The activations: the residual stream, its normalisation (then attention's output), and what is
-// wide: qkv, the MLP's hidden rows, the patches, the pixels.
+// wide: qkv, the MLP's hidden rows, the patches, the pixels. In 8 bits also what a product reads.
 struct Workspace {
   int64_t modulations, stream, normed, wide, wide_stride, floats;
+  int64_t words = 0, words_stride = 0, scales = 0, zeros = 0;
 
-  Workspace(const Dit& d, int64_t batch) {
+  Workspace(const Dit& d, int64_t batch, int64_t group) {
     const int64_t rows = batch * d.tokens(), narrow = rows * row_stride(d.hidden);
     wide_stride = row_stride(std::max({3 * d.hidden, d.mlp, d.patch_size(), d.pixels()}));
     modulations = 0;
@@ -73,6 +81,12 @@ struct Workspace {
     normed = stream + narrow;
     wide = normed + narrow;
     floats = wide + rows * wide_stride + 16;
+    if (!group) return;
+    words_stride = row_stride(words_of(std::max(d.hidden, d.mlp), group));
+    words = floats;
+    scales = words + rows * words_stride;
+    zeros = scales + rows;
+    floats = zeros + rows + 16;
   }
 };
 

@@ -8,22 +8,31 @@ namespace {
 
 void pack(const Linear& l, const Tensor& weight, const Tensor& bias, float* memory) {
   const float* from = floats_of(weight, {l.rows, l.depth}, "weight");
-  const Pack p{from, l.rows, l.depth, memory + l.weight};
-  shared(padded(l.rows) / panel(), double(l.rows) * l.depth,
-         [&](int64_t begin, int64_t end) { pack_panels(p, begin, end); });
+  const int64_t panels = padded(l.rows) / panel();
+  const double work = double(l.rows) * l.depth;
+  if (l.group) {
+    const PackInt8 p{from, l.rows, l.depth, reinterpret_cast<int32_t*>(memory + l.weight),
+                     memory + l.scale, reinterpret_cast<int32_t*>(memory + l.sums)};
+    shared(panels, work, [&](int64_t begin, int64_t end) { pack_int8_panels(p, begin, end); });
+  } else {
+    const Pack p{from, l.rows, l.depth, memory + l.weight};
+    shared(panels, work, [&](int64_t begin, int64_t end) { pack_panels(p, begin, end); });
+  }
   float* to = memory + l.bias;
   std::memcpy(to, floats_of(bias, {l.rows}, "bias"), l.rows * sizeof(float));
   std::fill(to + l.rows, to + padded(l.rows), 0.f);
 }
 
 // `parameters`: patch weight (D, K) and bias, positions (N, D), each block's four Linears, the last.
-Tensor forward_pack(std::vector<Tensor> parameters, std::vector<int64_t> numbers) {
+Tensor forward_pack(std::vector<Tensor> parameters, std::vector<int64_t> numbers,
+                    bool int8) {
   const Dit d = dit_of(numbers);
-  const PackedLayout layout(d);
+  const PackedLayout layout(d, group_of(int8));
   STD_TORCH_CHECK(parameters.size() == 2 * layout.blocks.size() + 5, "parameters: wrong length");
   Tensor packed = empty({layout.floats}, ScalarType::Float);
   float* memory = static_cast<float*>(packed.data_ptr());
   std::fill(memory, memory + 16, float(panel()));
+  memory[1] = float(group_of(int8));
   pack(layout.patch, parameters[0], parameters[1], memory);
   const float* bias = floats_of(parameters[1], {d.hidden}, "bias");
   const float* positions = floats_of(parameters[2], {d.tokens(), d.hidden}, "positions");
@@ -42,7 +51,7 @@ Tensor forward_pack(std::vector<Tensor> parameters, std::vector<int64_t> numbers
 }  // namespace fastdit
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastdit_native, m) {
-  m.def("forward_pack(Tensor[] parameters, int[] dit) -> Tensor");
+  m.def("forward_pack(Tensor[] parameters, int[] dit, bool int8) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastdit_native, CPU, m) {
   m.impl("forward_pack", TORCH_BOX(&fastdit::forward_pack));

@@ -26,6 +26,13 @@ inline int64_t panel() {
   return width;
 }
 
+// Numbers in a word of packed weights: 0 is float.
+inline int64_t group_of(bool int8) {
+  int64_t group = 0;
+  if (int8) int8_group(group);
+  return group;
+}
+
 inline const float* floats_of(const Tensor& t, std::initializer_list<int64_t> shape,
                               const char* name) {
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.is_cpu() && t.is_contiguous(), name,

@@ -1,7 +1,7 @@
 """`fastdit demo`: the handwritten digits that ship with the package, sampled and timed.
 
 Draws ten of each class with guidance, writes the labelled grid, and then times the sampler and the
-same loop on the eager reference, in turns, so that both see the same machine.
+published loop on eager PyTorch, in turns, so that both see the same machine.
 """
 
 from __future__ import annotations
@@ -10,18 +10,22 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from fastdit import backends, images
 from fastdit.checkpoint_files import atomic_write
 from fastdit.commands.sample import load, transport_of
+from fastdit.diffusion import create_diffusion
 from fastdit.flow import sampling as flow_sampling
 from fastdit.model import DiT
+from fastdit.sampler import PRESETS, Sampler
 from fastdit.sampling import SOLVERS, sample
 
 SUMMARY = "sample handwritten digits and time it"
@@ -33,10 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--out", type=Path, default=Path("fastdit-demo.png"), help="default fastdit-demo.png")
     add("--objective", choices=("diffusion", "flow"), default="diffusion", help="of the model")
-    add("--steps", type=int, default=50, help="denoising steps (default 50)")
+    add("--quality", choices=PRESETS, default="balanced", help="default balanced; not of a flow")
+    add("--steps", type=int, help="denoising steps (default: the quality's; 50 of a flow)")
     add("--cfg-scale", type=float, default=2.0, help="guidance (default 2)")
     add(
-        "--solver", choices=(*SOLVERS, *flow_sampling.SOLVERS), help="default ddim; of a flow euler"
+        "--solver",
+        choices=(*SOLVERS, *flow_sampling.SOLVERS),
+        help="default: the quality's; of a flow euler",
     )
     add("--seed", type=int, default=0, help="default 0")
     add("--device", default=None, help="default: the accelerator, else the CPU")
@@ -44,49 +51,94 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", type=Path, help="also write the timing there")
 
 
-def _timed(model: DiT, backend: str, steps: int, options: dict) -> float:
-    """Seconds of one sampling run."""
-    with backends.backend(backend):
-        start = time.perf_counter()
-        sample(model, CLASSES, steps=steps, **options)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
+def published_loop(model: DiT, steps: int, options: dict) -> Tensor:
+    """What the published code does, on eager ops: all of the model in every step, and its loop."""
+    labels = torch.tensor(CLASSES, device=model.pos_embed.device)
+    y = torch.cat([labels, model.null_condition(len(labels))])
+    diffusion = create_diffusion(f"{options['spacing'].replace('uniform', '')}{steps}")
+    loop = {
+        "ddpm": diffusion.p_sample_loop,
+        "ddim": diffusion.ddim_sample_loop,
+        "dpm++": diffusion.dpm_solver_sample_loop,
+    }[options["solver"]]
+
+    def forward(x: Tensor, t: Tensor) -> Tensor:  # a function: its conditioning is not hoisted
+        return model.forward_with_cfg(x, t, y, options["cfg_scale"], model.in_channels)
+
+    with backends.backend("reference"):
+        z = torch.randn(len(labels), model.in_channels, *model.input_size, device=labels.device)
+        return loop(forward, (2 * len(z), *z.shape[1:]), torch.cat([z, z]))[: len(z)]
 
 
-def throughput(model: DiT, steps: int, rounds: int, options: dict) -> dict[str, list[float]]:
-    """Images per second of each backend, `rounds` times, in turns after one run to warm up."""
-    rates: dict[str, list[float]] = {"auto": [], "reference": []}
+def throughput(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Images per second of each run, `rounds` times, in turns after one run to warm up."""
+    rates: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(rounds + 1):
-        for backend, values in rates.items():
-            seconds = _timed(model, backend, steps, options)
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             if turn:
-                values.append(len(CLASSES) / seconds)
+                rates[name].append(len(CLASSES) / (time.perf_counter() - start))
     return rates
 
 
-def what_runs(device: str) -> str:
-    """`auto`'s choice on `device`, in words."""
-    native = [c.op for c in backends.explain() if c.device == device and c.runs != "reference"]
-    return f"fastdit, native {', '.join(native)}" if native else "fastdit, eager reference ops"
-
-
-def report(device: str, steps: int, rates: dict[str, list[float]]) -> Table:
+def report(title: str, rates: dict[str, list[float]]) -> Table:
     """The throughput table: medians, spreads, and the ratio of each round's pair."""
-    title = f"100 digits, {steps} steps with guidance on {device}"
     table = Table("path", "images/s", "spread", "ratio", title=title, title_justify="left")
-    ratios = [a / b for a, b in zip(rates["auto"], rates["reference"], strict=True)]
-    for name, label in (("auto", what_runs(device)), ("reference", "eager PyTorch")):
-        values = rates[name]
+    ours, eager = rates.values()
+    ratios = [a / b for a, b in zip(ours, eager, strict=True)]
+    for name, values in rates.items():
         spread = f"{min(values):.1f} to {max(values):.1f}"
-        ratio = f"{statistics.median(ratios):.2f}" if name == "auto" else "1"
-        table.add_row(label, f"{statistics.median(values):.1f}", spread, ratio)
+        ratio = f"{statistics.median(ratios):.2f}" if values is ours else "1"
+        table.add_row(name, f"{statistics.median(values):.1f}", spread, ratio)
     return table
 
 
+def diffusion_demo(model: DiT, args: argparse.Namespace) -> tuple[Tensor, str, dict, int]:
+    """The digits, how they were drawn, the runs to time and their steps.
+
+    The timed runs are of the same solver with guidance in every step, 5 steps at most.
+    """
+    common = {"cfg_scale": args.cfg_scale, "clip_denoised": True}
+    given = {"solver": args.solver, "steps": args.steps}
+    sampler = Sampler(model, quality=args.quality, **given, **common)
+    digits = sampler(CLASSES, seed=args.seed, progress=True)
+    chosen = PRESETS[args.quality] | {k: v for k, v in given.items() if v is not None}
+    options = {"solver": chosen["solver"], "spacing": chosen.get("spacing", "uniform"), **common}
+    steps = min(5, chosen["steps"])
+    timed = Sampler(model, steps=steps, **options)
+    runs = {
+        "fastdit.Sampler": lambda: timed(CLASSES),
+        "published loop, eager PyTorch": lambda: published_loop(model, steps, options),
+    }
+    return digits, f"{chosen['solver']} {len(sampler.plan)} steps", runs, steps
+
+
+def flow_demo(model: DiT, args: argparse.Namespace) -> tuple[Tensor, str, dict, int]:
+    """The same of the model that was trained by flow matching."""
+    solver, steps = args.solver or "euler", args.steps or 50
+    options = {"cfg_scale": args.cfg_scale, "solver": solver, "seed": args.seed}
+    options |= {"transport": transport_of("digits-flow", "flow")}
+    digits = sample(model, CLASSES, steps=steps, progress=True, **options)
+    short = max(1, steps // 10)
+
+    def run(backend: str) -> None:
+        with backends.backend(backend):
+            sample(model, CLASSES, steps=short, **options)
+
+    runs = {
+        "fastdit": lambda: run("auto"),
+        "the same on eager PyTorch": lambda: run("reference"),
+    }
+    return digits, f"{solver} {steps} steps", runs, short
+
+
 def record(device: str, steps: int, rates: dict[str, list[float]]) -> dict[str, Any]:
-    """The timing as plain data: images per second of each backend, and the ratio of the pairs."""
-    ratios = [a / b for a, b in zip(rates["auto"], rates["reference"], strict=True)]
+    """The timing as plain data: images per second of both runs, and the ratio of the pairs."""
+    ours, eager = rates.values()
+    ratios = [a / b for a, b in zip(ours, eager, strict=True)]
 
     def spread(values: list[float]) -> dict[str, float]:
         return {"median": statistics.median(values), "least": min(values), "most": max(values)}
@@ -95,7 +147,7 @@ def record(device: str, steps: int, rates: dict[str, list[float]]) -> dict[str, 
         "device": device,
         "threads": torch.get_num_threads(),
         "steps": steps,
-        "images_per_second": {name: spread(values) for name, values in rates.items()},
+        "images_per_second": {"auto": spread(ours), "reference": spread(eager)},
         "ratio": spread(ratios),
     }
 
@@ -103,21 +155,19 @@ def record(device: str, steps: int, rates: dict[str, list[float]]) -> dict[str, 
 def run(args: argparse.Namespace) -> None:
     """Sample, write the picture, print what ran."""
     console = Console()
-    ckpt = "digits" if args.objective == "diffusion" else "digits-flow"
-    model, transport = load(ckpt, args.device, "fp32"), transport_of(ckpt, args.objective)
-    device = next(model.parameters()).device.type
-    solver = args.solver or ("ddim" if transport is None else "euler")
-    options = {"cfg_scale": args.cfg_scale, "solver": solver, "seed": args.seed}
-    options |= {"clip_denoised": transport is None, "transport": transport}
-    pixels = images.to_uint8(sample(model, CLASSES, steps=args.steps, progress=True, **options))
-    picture = images.grid(pixels, 10, scale=6, row_labels=[str(digit) for digit in range(10)])
+    flow = args.objective == "flow"
+    model = load("digits-flow" if flow else "digits", args.device, "fp32")
+    digits, how, runs, steps = (flow_demo if flow else diffusion_demo)(model, args)
+    picture = images.grid(
+        images.to_uint8(digits), 10, scale=6, row_labels=[str(digit) for digit in range(10)]
+    )
     args.out.parent.mkdir(parents=True, exist_ok=True)
     picture.save(args.out)
-    console.print(f"wrote {args.out}")
-    short = max(1, args.steps // 10)
-    console.print(f"timing {args.rounds} rounds of {short} steps each ...")
-    rates = throughput(model, short, args.rounds, options)
-    console.print(report(device, short, rates))
+    console.print(f"wrote {args.out}: {how}")
+    console.print(f"timing {args.rounds} rounds of {steps} steps each ...")
+    device = next(model.parameters()).device.type
+    rates = throughput(runs, args.rounds)
+    console.print(report(f"100 digits, {steps} steps with guidance on {device}", rates))
     if args.json is not None:
-        text = json.dumps(record(device, short, rates), indent=1) + "\n"
+        text = json.dumps(record(device, steps, rates), indent=1) + "\n"
         atomic_write(args.json, lambda path: path.write_text(text))

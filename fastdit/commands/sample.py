@@ -15,8 +15,10 @@ from rich.console import Console
 from torch import Tensor
 
 from fastdit import backends, images
+from fastdit.diffusion import SPACINGS
 from fastdit.flow import Transport, create_transport, load_transport
 from fastdit.flow import sampling as flow_sampling
+from fastdit.sampler import PRESETS
 from fastdit.sampling import SOLVERS, sample
 
 SUMMARY = "sample images from a checkpoint"
@@ -41,17 +43,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--ckpt", required=True, help="file, folder or hub id; 'digits', 'digits-flow': shipped")
     add("--classes", type=class_list, required=True, help="labels, such as 207,360")
     add("--per-class", type=int, default=1, help="samples of each class (default 1)")
-    add("--steps", type=int, default=250, help="denoising steps (default 250)")
+    add("--quality", choices=PRESETS, help="solver, steps and more where they are not given")
+    add("--steps", type=int, help="denoising steps (default 250)")
+    add("--spacing", choices=SPACINGS, help="of the timesteps (default uniform)")
     add("--cfg-scale", type=float, default=4.0, help="guidance, 1 is none (default 4)")
     add("--guided-channels", type=int, help="channels guided (default: 3 at most, as published)")
     add("--objective", choices=("diffusion", "flow"), help="default: what the file says, diffusion")
-    add("--guidance-interval", type=float, nargs=2, default=(0.0, 1.0), help="of a flow's time")
+    add("--guidance-interval", type=float, nargs=2, help="of timesteps, or of a flow's time")
     every = (*SOLVERS, *flow_sampling.SOLVERS)
     add("--solver", choices=every, help="default ddpm; of a flow heun")
     add("--eta", type=float, default=0.0, help="DDIM's noise (default 0)")
     add("--seed", type=int, default=0, help="default 0")
     add("--batch-size", type=int, help="samples at once (default: all, as published)")
     add("--vae", default=VAE, help=f"folder or hub id of the decoder, or 'none' (default {VAE})")
+    add("--quantize", help="of the products on a CPU, such as int8 (default: none)")
     add("--out", type=Path, default=Path("samples.png"), help=".png grid or .npz for evaluation")
     add("--device", default=None, help="default: the accelerator, else the CPU")
     add("--dtype", choices=DTYPES, default="fp32", help="default fp32")
@@ -123,6 +128,14 @@ def write(out: Path, samples: Tensor, labels: list[int], columns: int) -> None:
     images.grid(images.to_uint8(shown), columns, scale=side).save(out)
 
 
+def described(args: argparse.Namespace, transport: Transport | None) -> str:
+    """The sampler, in words."""
+    chosen = {"solver": "ddpm" if transport is None else "heun", "steps": 250}
+    if args.quality is not None:
+        chosen |= PRESETS[args.quality]
+    return f"{args.solver or chosen['solver']} {args.steps or chosen['steps']} steps"
+
+
 def run(args: argparse.Namespace) -> None:
     """Sample, decode and write."""
     if args.out.suffix not in (".png", ".npz"):
@@ -130,7 +143,6 @@ def run(args: argparse.Namespace) -> None:
     console = Console()
     model = load(args.ckpt, args.device, args.dtype)
     transport = transport_of(args.ckpt, args.objective)
-    solver = args.solver or ("ddpm" if transport is None else "heun")
     device = next(model.parameters()).device
     latent = model.in_channels not in (1, 3)
     vae = load_vae(args.vae, device) if latent and args.vae != "none" else None
@@ -144,17 +156,20 @@ def run(args: argparse.Namespace) -> None:
                 labels[start : start + size],
                 steps=args.steps,
                 cfg_scale=args.cfg_scale,
-                solver=solver,
+                solver=args.solver,
                 eta=args.eta,
                 seed=args.seed + start,
                 guided_channels=args.guided_channels,
                 clip_denoised=not latent and transport is None,
                 progress=True,
                 transport=transport,
-                guidance_interval=tuple(args.guidance_interval),
+                guidance_interval=args.guidance_interval,
+                quality=args.quality,
+                spacing=args.spacing,
+                quantize=args.quantize,
             )
             parts.append(part if vae is None else decode(vae, part))
     columns = args.per_class if args.per_class > 1 else int(np.ceil(len(labels) ** 0.5))
     write(args.out, torch.cat(parts), labels, columns)
     what = "latents" if latent and vae is None else "images"
-    console.print(f"{len(labels)} {what}, {solver} {args.steps} steps on {device}: {args.out}")
+    console.print(f"{len(labels)} {what}, {described(args, transport)} on {device}: {args.out}")

@@ -11,7 +11,8 @@ single step (`fastdit.diffusion.steps`), the arguments
 
 `*_loop` returns the last samples. `*_loop_progressive` yields each step's dict; what its consumer
 puts under `sample` is what the next step starts from, as inpainting needs. Steps run without
-gradients.
+gradients. The conditioning of a plain DiT is computed before the first step
+(`fastdit.sampler.ahead`).
 """
 
 from __future__ import annotations
@@ -92,12 +93,14 @@ class SamplingLoops(ReverseSteps):
         noise_fn: NoiseFn | None = None,
     ) -> Iterator[Sample]:
         """DDPM, yielding each step's `p_sample`; arguments at the top of this module."""
+        start = _start(model, shape, noise, device)
+        model = self._ahead(model, start, model_kwargs)
 
         def step(x: Tensor, t: Tensor, _x0: Tensor | None) -> Sample:
             given = (clip_denoised, denoised_fn, cond_fn, model_kwargs)
             return self.p_sample(model, x, t, *given, noise=noise_fn)
 
-        return self._loop(step, _start(model, shape, noise, device), progress)
+        return self._loop(step, start, progress)
 
     p_sample_loop = _last_of(p_sample_loop_progressive)
 
@@ -117,12 +120,14 @@ class SamplingLoops(ReverseSteps):
         noise_fn: NoiseFn | None = None,
     ) -> Iterator[Sample]:
         """DDIM, yielding each step's `ddim_sample`; arguments at the top of this module."""
+        start = _start(model, shape, noise, device)
+        model = self._ahead(model, start, model_kwargs)
 
         def step(x: Tensor, t: Tensor, _x0: Tensor | None) -> Sample:
             given = (clip_denoised, denoised_fn, cond_fn, model_kwargs, eta)
             return self.ddim_sample(model, x, t, *given, noise=noise_fn)
 
-        return self._loop(step, _start(model, shape, noise, device), progress)
+        return self._loop(step, start, progress)
 
     ddim_sample_loop = _last_of(ddim_sample_loop_progressive)
 
@@ -145,14 +150,22 @@ class SamplingLoops(ReverseSteps):
         The first and the last step are of order 1, and the last one gives x0, as with diffusers'
         `final_sigmas_type="zero"`. The steps are those of the respacing: 20 are often enough.
         """
+        start = _start(model, shape, noise, device)
+        model = self._ahead(model, start, model_kwargs)
 
         def step(x: Tensor, t: Tensor, x0: Tensor | None) -> Sample:
             given = (clip_denoised, denoised_fn, cond_fn, model_kwargs, order)
             return self.dpm_solver_sample(model, x, t, *given, x0_previous=x0)
 
-        return self._loop(step, _start(model, shape, noise, device), progress)
+        return self._loop(step, start, progress)
 
     dpm_solver_sample_loop = _last_of(dpm_solver_sample_loop_progressive)
+
+    def _ahead(self, model: Model, x: Tensor, model_kwargs: dict[str, Any] | None) -> Model:
+        """The model, its conditioning computed before the first step where that is possible."""
+        from fastdit.sampler.ahead import ahead  # which needs the diffusions
+
+        return ahead(model, x, self.timestep_map[::-1], model_kwargs)
 
     def _loop(
         self, step: Callable[[Tensor, Tensor, Tensor | None], Sample], x: Tensor, progress: bool

@@ -162,14 +162,14 @@ class Sampler:
         fixed_probe: bool = False,
     ) -> Callable[..., tuple[Tensor, Tensor]]:
         """The log-likelihood of data; `fastdit.flow.likelihood` has the maths and the arguments."""
-        times = self._times(num_steps)
+        back = 1 - self._times(num_steps, reverse=True)
         if sampling_method in ODE_METHODS:
             solve = fixed_steps(ODE_METHODS[sampling_method])
         else:
             solve = functools.partial(
                 torchdiffeq(sampling_method), method=sampling_method, atol=atol, rtol=rtol
             )
-        return likelihood(self.transport, solve, times, fixed_probe)
+        return likelihood(self.transport, solve, back, fixed_probe)
 
     def ode_plan(self, sampling_method: str, num_steps: int, *, reverse: bool = False) -> Plan:
         """The rows of `sample_ode` with a fixed-step method; the same arguments."""

@@ -41,10 +41,13 @@ def _setup_context(ctx, inputs, output):
     *tensors, _eps, ctx.norm, ctx.plus_one = inputs
     _out, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)  # of the statistics: zeros that nobody reads cost 5 µs each
     ctx.save_for_backward(mean, rstd, *tensors)
 
 
 def _backward(ctx, dout, _dmean, _drstd):
+    if dout is None:
+        return (None,) * 8
     mean, rstd, x, *modulation = ctx.saved_tensors
     dx, *gradients = _adaln_backward(
         dout.contiguous(), x, mean, rstd, *modulation, ctx.norm, ctx.plus_one

@@ -31,14 +31,17 @@ def _setup_context(ctx, inputs, output):
     _x, *tensors, _eps, ctx.norm, ctx.plus_one = inputs
     h, _out, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(h, mean, rstd, *tensors)
 
 
 def _backward(ctx, dh, dout, _dmean, _drstd):
+    if dh is None and dout is None:
+        return (None,) * 10
     h, mean, rstd, y, gate, *modulation = ctx.saved_tensors
     dx, dy, dgate, *gradients = _gated_adaln_backward(
-        dh.contiguous(),
-        dout.contiguous(),
+        torch.zeros_like(h) if dh is None else dh.contiguous(),
+        torch.zeros_like(h) if dout is None else dout.contiguous(),
         h,
         mean,
         rstd,

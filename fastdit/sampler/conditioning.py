@@ -1,7 +1,7 @@
 """A run's conditioning, computed before its steps: everything in a forward that x has no part in.
 
 The timestep and label embedders and all layers' modulations depend on (t, label) alone. A run has
-E times and L distinct labels (the null class is one of them), so its E·L rows of
+E times and L distinct conditions (the null class is one of them), so its E·L rows of
 `model.conditioning` are one matrix product, and each step reads its own. A third of a DiT-XL's
 weights then leaves the loop. The rows weigh E·L·W elements: 390 MB for a DiT-XL/2, 250 steps, one
 class and null in float32. Beyond a budget they are computed for as many steps at a time as it
@@ -14,6 +14,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.profiler import record_function
+
+from fastdit.sampler.conditions import Conditions
 
 
 class Conditioning:
@@ -22,7 +25,7 @@ class Conditioning:
     Args:
         model: with the method `conditioning(t, y)`.
         times: `(E,)`, on the model's device, in the order of the run.
-        labels: `(L,)` distinct labels.
+        conditions: of the call, L distinct ones.
         budget: bytes that the rows may take.
         reuse: a table of an earlier run to write to, if it has the shape: the one that a captured
             graph reads.
@@ -37,18 +40,19 @@ class Conditioning:
         self,
         model: Any,
         times: Tensor,
-        labels: Tensor,
+        conditions: Conditions,
         budget: int,
         reuse: Sequence[Tensor] = (),
     ) -> None:
-        self.model, self.times, self.labels = model, times, labels
+        self.model, self.times, self.conditions = model, times, conditions
         # A row's width is the model's own business: ask for one row.
-        row = model.conditioning(times[:1], labels[:1])
-        a_step = len(labels) * row.shape[1] * row.element_size()
+        y = None if conditions.y is None else conditions.y[:1]
+        row = model.conditioning(times[:1], y)
+        a_step = conditions.count * row.shape[1] * row.element_size()
         # A design without conditioning has rows of width 0: there is nothing to hold.
         self.steps = min(len(times), budget // a_step) if a_step else 0
         self.start = -len(times)
-        shape = (self.steps, len(labels), row.shape[1])
+        shape = (self.steps, conditions.count, row.shape[1])
         fitting = [t for t in reuse if t.shape == shape and t.dtype == row.dtype]
         self.table: Tensor = fitting[0] if fitting else row.new_empty(0)
 
@@ -59,10 +63,10 @@ class Conditioning:
     def fill(self, step: int) -> None:
         """Hold the rows from `step` on."""
         times = self.times[step : step + self.steps]
-        count = len(times)
-        rows = self.model.conditioning(
-            times.repeat_interleave(len(self.labels)), self.labels.repeat(count)
-        ).view(count, len(self.labels), -1)
+        count, each = len(times), self.conditions.count
+        t, y = times.repeat_interleave(each), self.conditions.repeated(count)
+        with record_function("conditioning"):  # for `fastdit.profiling`
+            rows = self.model.conditioning(t, y).view(count, each, -1)
         if self.table.numel():
             self.table[:count].copy_(rows)
         else:

@@ -20,6 +20,11 @@ _WARM_UP = 3  # kernels compile, are tuned and allocate workspaces at their firs
 _KEPT = 2  # the chunks of a call have at most two sizes
 
 
+def capturable(device: torch.device) -> bool:
+    """Whether the device has graphs."""
+    return device.type == "cuda"
+
+
 def parameter_storage(model: nn.Module) -> tuple[Hashable, ...]:
     """Where a model's parameters and buffers are, and as what."""
     tensors = [*model.parameters(), *model.buffers()]
@@ -44,7 +49,7 @@ class CapturedRun:
     def _capture(self, guided: bool) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         """Capture a step without taking one: what warming up changed is put back."""
         run, device = self.run, self.run.x.device
-        changed = (run.x, run.q, run.counters)
+        changed = (run.x, run.q, run.cursor)
         before = [tensor.clone() for tensor in changed]
         generator = torch.cuda.get_rng_state(device)
         stream = torch.cuda.Stream(device)

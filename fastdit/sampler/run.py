@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fastdit import ops
 from fastdit.sampler.conditioning import Conditioning
+from fastdit.sampler.conditions import Conditions
 from fastdit.sampler.denoiser import Denoiser
 from fastdit.sampler.plan import Plan
 
@@ -53,8 +54,7 @@ class Run:
     Args:
         recipe: of the call.
         x: `(B, C, ...)`, the start noise.
-        labels: `(L,)`, distinct; the null class, where it is needed, is the last.
-        places: `(B,)`, which of the labels each sample has.
+        conditions: the call's, with the places of this chunk's samples.
         seeds: `(B,)` int64, in a seeded run.
         captured: steps write where they read, as a CUDA graph needs.
 
@@ -67,28 +67,34 @@ class Run:
         self,
         recipe: Recipe,
         x: Tensor,
-        labels: Tensor,
-        places: Tensor,
+        conditions: Conditions,
         seeds: Tensor | None,
         captured: bool,
     ) -> None:
         self.recipe, self.captured = recipe, captured
-        self.x, self.labels, self.seeds = x, labels, seeds
+        self.x, self.conditions, self.seeds = x, conditions, seeds
         self.q = torch.zeros_like(x)
-        null = torch.full_like(places, len(labels) - 1)
+        places = conditions.places
+        null = torch.full_like(places, conditions.count - 1)
         self.places = {False: places, True: torch.cat([places, null])}
-        self.counters = torch.zeros(2, dtype=torch.int64, device=x.device)
+        # On the device: the step's index, then the conditioning row of every sample and its null.
+        zero, one = places.new_zeros(1), places.new_ones(1)
+        self.cursor = torch.cat([zero, self.places[True]])
+        self.stride = torch.cat([one, torch.full_like(self.places[True], conditions.count)])
         self.steps = torch.arange(len(recipe.plan), device=x.device).unbind()
         self.conditioning: Conditioning | None = None
 
-    def start(self, x: Tensor, labels: Tensor, places: Tensor, seeds: Tensor | None) -> None:
+    def start(self, x: Tensor, conditions: Conditions, seeds: Tensor | None) -> None:
         """Begin again with another chunk of the same shape, in the same tensors."""
         self.x.copy_(x)
         self.q.zero_()
-        self.counters.zero_()
-        self.labels.copy_(labels)
+        if self.conditions.y is not None:
+            self.conditions.y.copy_(conditions.y)
+        places = conditions.places
         self.places[False].copy_(places)
         self.places[True][: len(places)].copy_(places)
+        self.cursor[:1].zero_()
+        self._first_rows()
         if self.seeds is not None:
             self.seeds.copy_(seeds)
 
@@ -100,7 +106,10 @@ class Run:
         if not conditioning.holds(step):
             conditioning.fill(step)
         if self.captured and step == conditioning.start:
-            self.counters[1:].zero_()
+            self._first_rows()
+
+    def _first_rows(self) -> None:
+        self.cursor[1:].copy_(self.places[True])
 
     def advance(self, step: int) -> None:
         """An eager step; `step` is its index."""
@@ -108,14 +117,14 @@ class Run:
         self.x, self.q = self._evaluate(plan.guided[step], self.steps[step], step)
 
     def advance_captured(self, guided: bool) -> None:
-        """The step that a graph captures: its index is in `counters`."""
-        x, q = self._evaluate(guided, self.counters[0], None)
+        """The step that a graph captures: its index is in `cursor`."""
+        x, q = self._evaluate(guided, self.cursor[0], None)
         self.x.copy_(x)
         if self.recipe.plan.multistep:
             self.q.copy_(q)
         else:
             self.q = q
-        self.counters.add_(1)
+        self.cursor.add_(self.stride)
 
     def _evaluate(self, guided: bool, index: Tensor, step: int | None) -> tuple[Tensor, Tensor]:
         recipe, plan = self.recipe, self.recipe.plan
@@ -138,10 +147,10 @@ class Run:
         denoise, places = self.recipe.denoise, self.places[guided]
         if self.conditioning is None:
             t = self.recipe.times.index_select(0, index.reshape(1)).expand(len(x))
-            return denoise(x, t, self.labels.index_select(0, places))
+            return denoise(x, t, self.conditions.select(places))
         held = self.conditioning.table
         if step is None:
-            rows = held[self.counters[1:], places]
+            rows = held.flatten(0, 1).index_select(0, self.cursor[1 : 1 + len(places)])
         else:
             rows = held[step - self.conditioning.start].index_select(0, places)
         return denoise(x, None, None, conditioning=rows)

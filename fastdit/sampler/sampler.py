@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,17 +21,18 @@ import torch
 from torch import Tensor
 
 from fastdit import ops
-from fastdit.diffusion import SPACINGS, GaussianDiffusion, create_diffusion
+from fastdit.diffusion import GaussianDiffusion
 from fastdit.flow import Transport
 from fastdit.model import DiT
 from fastdit.ops._checks import fail
 from fastdit.reference import TABLE_COLUMNS
+from fastdit.sampler import graphs, options
 from fastdit.sampler.conditioning import Conditioning
-from fastdit.sampler.denoiser import denoiser
-from fastdit.sampler.flow import flow_plan
-from fastdit.sampler.graphs import CapturedRun, Captures, parameter_storage
+from fastdit.sampler.conditions import Classes, Conditions, conditions
+from fastdit.sampler.denoiser import denoiser, stand_in
+from fastdit.sampler.graphs import CapturedRun, Captures
 from fastdit.sampler.noise import sample_seeds
-from fastdit.sampler.plan import DIFFUSION_SOLVERS, Plan, diffusion_plan
+from fastdit.sampler.plan import Plan
 from fastdit.sampler.run import Recipe, Run
 
 GIBIBYTE = 2**30
@@ -62,9 +63,11 @@ class Sampler:
     Args:
         model: in eval mode; samples are made on its device, in its dtype. Its parameters may change
             between calls, and move.
+        quality: `"fast"`, `"balanced"` or `"reference"`: the solver, steps, spacing and guidance
+            interval of `fastdit.sampler.presets`, where these are not given.
         solver: `"ddpm"` (ancestral, the default), `"ddim"` or `"dpm++"` (DPM-Solver++); with a
             transport see `fastdit.sampler.flow`.
-        steps: evaluations of the model (default 250).
+        steps: of the solver (default 250). Each is one evaluation of the model, two with Heun.
         spacing: of the timesteps: `"uniform"` (the published, the default), `"logsnr"` or
             `"karras"`; see `fastdit.diffusion.spacing`.
         diffusion: the schedule to follow, from `fastdit.create_diffusion`; instead of `steps` and
@@ -74,8 +77,8 @@ class Sampler:
         cfg_scale: classifier-free guidance; 1 is none.
         guided_channels: how many of the output's first channels are guided; None guides at most 3,
             as published.
-        guidance_interval: guide only where the timestep lies in `(low, high)`, ends included. The
-            other steps run the model on B rows instead of 2B.
+        guidance_interval: guide only where the timestep (a flow's time, 0 to 1) lies in
+            `(low, high)`, ends included. The other steps run the model on B rows instead of 2B.
         clip_denoised: clamp each predicted x0 to [−1, 1]; for models of pixels.
         transport: of a model trained by flow matching; its guidance interval is in [0, 1], noise
             to data. It has no `spacing`, `diffusion`, `eta`, `order` or `clip_denoised`.
@@ -83,8 +86,9 @@ class Sampler:
         conditioning_budget: bytes for the conditioning rows computed ahead; 0 leaves them to the
             model in every step.
         graph: replay a CUDA graph of the step; None does where the model is on a GPU.
-        native: see `fastdit.sampler.denoiser`.
-        quantize: see there.
+        native: whether `fastdit.NativeForward` runs in the model's place: None where it fits (CPUs,
+            float32), True or an error, False never.
+        quantize: `"int8"` multiplies in 8 bits there; None does not.
 
     Raises:
         ValueError: an argument that does not fit, which is named.
@@ -94,17 +98,18 @@ class Sampler:
         self,
         model: DiT,
         *,
+        quality: str | None = None,
         solver: str | None = None,
         steps: int | None = None,
         spacing: str | None = None,
         diffusion: GaussianDiffusion | None = None,
+        transport: Transport | None = None,
         eta: float = 0.0,
         order: int = 2,
         cfg_scale: float = 4.0,
         guided_channels: int | None = None,
         guidance_interval: tuple[float, float] | None = None,
         clip_denoised: bool = False,
-        transport: Transport | None = None,
         chunk: int | None = None,
         conditioning_budget: int = GIBIBYTE,
         graph: bool | None = None,
@@ -112,29 +117,33 @@ class Sampler:
         quantize: str | None = None,
     ) -> None:
         self.model = model
-        self.guided_channels = _guided_channels(model, cfg_scale, guided_channels)
-        self.cfg_scale = cfg_scale
-        interval = _interval(guidance_interval)
-        if transport is None:
-            diffusion = _schedule(model, diffusion, steps, spacing)
-            plan = diffusion_plan(diffusion, solver or DIFFUSION_SOLVERS[0], eta, order)
-        else:
-            _no_diffusion(spacing=spacing, diffusion=diffusion, eta=eta or None, clip=clip_denoised)
-            plan = flow_plan(transport, solver, steps)
-            interval = interval and tuple(t * transport.time_scale for t in interval)
-        if cfg_scale != 1 and self.guided_channels:
-            plan = plan.with_guidance(cfg_scale, interval)
-        self.plan: Plan = plan
+        self.guided_channels = options.guided_channels(model, cfg_scale, guided_channels)
+        self.plan: Plan = options.plan_of(
+            model,
+            quality=quality,
+            solver=solver,
+            steps=steps,
+            spacing=spacing,
+            diffusion=diffusion,
+            transport=transport,
+            eta=eta,
+            order=order,
+            clip_denoised=clip_denoised,
+            guidance=(cfg_scale, self.guided_channels),
+            interval=guidance_interval,
+        )
         self.clip = 1.0 if clip_denoised else None
-        self.chunk = _positive("chunk", chunk)
-        self.conditioning_budget = _budget(conditioning_budget)
-        self.graph, self.native, self.quantize = graph, native, quantize
+        self.chunk = options.positive("chunk", chunk)
+        self.conditioning_budget = options.budget(conditioning_budget)
+        self.graph = graph
+        self._forward = stand_in(model, native, quantize)
+        self._required = bool(native) or quantize is not None
         self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self._captures = Captures()
 
     def __call__(
         self,
-        classes: Sequence[int] | Tensor,
+        classes: Classes,
         *,
         seed: int | Sequence[int] | Tensor | None = None,
         noise: Tensor | None = None,
@@ -144,7 +153,8 @@ class Sampler:
         """Class-conditional samples, `(B, C, H, W)` in the model's dtype.
 
         Args:
-            classes: B labels.
+            classes: B labels; `(B, condition_dim)` vectors for a model of these; for one without
+                condition the number of samples.
             seed: an int, sample i then has the seed `seed + i`, or B ints, each sample's own. A
                 sample depends on its label and its seed: not on the batch or the chunks, but for
                 the rounding of matrix products of other sizes. None draws from torch's generator
@@ -158,7 +168,7 @@ class Sampler:
                 does not fit.
         """
         finished = []
-        chunks = self._chunks(len(classes))
+        chunks = self._chunks(classes if isinstance(classes, int) else len(classes))
         with _bar(progress, len(chunks) * len(self.plan)) as advanced:
             for part, step, run, x in self._advance(classes, seed, noise, callback is not None):
                 if callback is not None and self.plan.ends[step]:
@@ -170,7 +180,7 @@ class Sampler:
 
     def iterate(
         self,
-        classes: Sequence[int] | Tensor,
+        classes: Classes,
         *,
         seed: int | Sequence[int] | Tensor | None = None,
         noise: Tensor | None = None,
@@ -179,6 +189,23 @@ class Sampler:
         for part, step, run, x in self._advance(classes, seed, noise, True):
             if self.plan.ends[step]:
                 yield self._preview(part, step, run, x)
+
+    def start_noise(self, count: int, seeds: Tensor | None = None) -> Tensor:
+        """`(count, C, H, W)`, what a run of so many samples starts from.
+
+        Args:
+            count: samples.
+            seeds: `(count,)` int64 on the model's device, each sample's own; None draws from
+                torch's generator as the published script does.
+        """
+        parameter = next(self.model.parameters())
+        shape = (count, self.model.in_channels, *self.model.input_size)
+        if seeds is None:
+            return torch.randn(shape, device=parameter.device).to(parameter.dtype)
+        nothing = parameter.new_zeros(shape)
+        table, _times = self._on(parameter.device)
+        with torch.no_grad():
+            return ops.diffusion_step(nothing, nothing, table, len(self.plan), seed=seeds)[0]
 
     # ---- a call ------------------------------------------------------------------------------
 
@@ -192,14 +219,21 @@ class Sampler:
             fail("model", "one in training mode", "one in eval mode: call model.eval()")
         device, dtype = parameter.device, parameter.dtype
         captured = self._captured(device)
-        labels, places = self._labels(classes, device, captured)
-        seeds = None if seed is None else sample_seeds(seed, len(places)).to(device)
+        given = conditions(
+            self.model,
+            classes,
+            guided=any(self.plan.guided),
+            padded=captured,
+            device=device,
+        )
+        count = len(given.places)
+        seeds = None if seed is None else sample_seeds(seed, count).to(device)
         shape = (self.model.in_channels, *self.model.input_size)
-        if noise is not None and (noise.shape != (len(places), *shape) or noise.device != device):
+        if noise is not None and (noise.shape != (count, *shape) or noise.device != device):
             fail("noise", f"{tuple(noise.shape)} on {noise.device}", f"(B, *{shape}) on {device}")
         table, times = self._on(device)
         recipe = Recipe(
-            denoiser(self.model, self.native, self.quantize),
+            denoiser(self.model, self._forward, self._required),
             self.plan,
             table,
             times,
@@ -208,14 +242,16 @@ class Sampler:
             seeds is not None,
         )
         with torch.no_grad():
-            conditioning = self._conditioning(times, labels)
-        for part in self._chunks(len(places)):
+            conditioning = self._conditioning(times, given)
+        for part in self._chunks(count):
             own = None if seeds is None else seeds[part]
             with torch.no_grad():
-                x = self._start(recipe, own, (part.stop - part.start, *shape), dtype, device)
-                x = x if noise is None else noise[part].to(dtype)
-                given = (x.contiguous(), labels, places[part], own)
-                run, mover = self._begin(recipe, given, conditioning, captured)
+                if noise is None:
+                    x = self.start_noise(part.stop - part.start, own)
+                else:
+                    x = noise[part].to(dtype)
+                chunk = (x.contiguous(), replace(given, places=given.places[part]), own)
+                run, mover = self._begin(recipe, chunk, conditioning, captured)
             for step in range(len(self.plan)):
                 with torch.no_grad():
                     before = run.x.clone() if previews and self.plan.data is not None else None
@@ -224,45 +260,38 @@ class Sampler:
                 yield part, step, run, before
 
     def _begin(
-        self, recipe: Recipe, given: tuple, conditioning: Conditioning | None, captured: bool
+        self, recipe: Recipe, chunk: tuple, conditioning: Conditioning | None, captured: bool
     ) -> tuple[Run, Run | CapturedRun]:
         """A chunk's run, and what moves it."""
-        x, labels, places, seeds = given
         if not captured:
-            run = Run(recipe, *given, captured=False)
+            run = Run(recipe, *chunk, captured=False)
             return run, run
+        x, given, seeds = chunk
         rows = None if conditioning is None else conditioning.table.data_ptr()
-        key = (x.shape, x.dtype, labels.shape, recipe.seeded, rows)
-        own = (x.clone(), labels.clone(), places.clone(), None if seeds is None else seeds.clone())
-        captured_run, new = self._captures.get(key, lambda: Run(recipe, *own, captured=True))
+        key = (x.shape, x.dtype, given.count, recipe.seeded, rows)
+
+        def fresh() -> Run:
+            y = None if given.y is None else given.y.clone()
+            own = Conditions(y, given.places.clone(), given.count)
+            own_seeds = None if seeds is None else seeds.clone()
+            return Run(recipe, x.clone(), own, own_seeds, captured=True)
+
+        captured_run, new = self._captures.get(key, fresh)
         if not new:
-            captured_run.run.start(*given)
+            captured_run.run.start(*chunk)
         return captured_run.run, captured_run
 
-    def _conditioning(self, times: Tensor, labels: Tensor) -> Conditioning | None:
+    def _conditioning(self, times: Tensor, given: Conditions) -> Conditioning | None:
         """The rows of the call, or None where the model computes its own in each step."""
         if not self.conditioning_budget:
             return None
         reuse = self._captures.tables()
-        found = Conditioning(self.model, times, labels, self.conditioning_budget, reuse)
+        model = self.model if self._forward is None else self._forward
+        found = Conditioning(model, times, given, self.conditioning_budget, reuse)
         if not found.steps:
             return None
         found.fill(0)
         return found
-
-    def _start(
-        self,
-        recipe: Recipe,
-        seeds: Tensor | None,
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> Tensor:
-        """The noise to start from: from the seeds, or as the published script draws it."""
-        if seeds is None:
-            return torch.randn(shape, device=device).to(dtype)
-        nothing = torch.zeros(shape, dtype=dtype, device=device)
-        return ops.diffusion_step(nothing, nothing, recipe.table, len(self.plan), seed=seeds)[0]
 
     def _preview(self, part: slice, step: int, run: Run, before: Tensor | None) -> Preview:
         x0 = run.q.clone() if before is None else run.q * self.plan.data[step, 1]
@@ -279,11 +308,12 @@ class Sampler:
 
     def _captured(self, device: torch.device) -> bool:
         """Whether steps are replayed from CUDA graphs."""
-        if self.graph and device.type != "cuda":
+        possible = graphs.capturable(device)
+        if self.graph and not possible:
             fail("graph", True, f"False or None for a model on {device}")
-        captured = device.type == "cuda" if self.graph is None else self.graph
+        captured = possible if self.graph is None else self.graph
         if captured:
-            self._captures.check(parameter_storage(self.model))
+            self._captures.check(graphs.parameter_storage(self.model))
         return captured
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -297,25 +327,6 @@ class Sampler:
             self._tables[device] = (table.to(device, torch.float32), times.to(device))
         return self._tables[device]
 
-    def _labels(self, classes: Any, device: torch.device, captured: bool) -> tuple[Tensor, Tensor]:
-        """The distinct labels, the null class behind them, and which of them each sample has.
-
-        For a graph they are filled up to a power of two, so that a call with other labels finds
-        the graph of an earlier one.
-        """
-        given = torch.as_tensor(classes, dtype=torch.int64).cpu()
-        if given.dim() != 1 or given.numel() == 0:
-            fail("classes", tuple(given.shape), "a non-empty list of labels")
-        if given.min() < 0 or given.max() >= self.model.num_classes:
-            fail("classes", given.tolist(), f"0 to {self.model.num_classes - 1}")
-        distinct, places = given.unique(return_inverse=True)
-        nulls = int(any(self.plan.guided))
-        if captured:
-            nulls = (1 << (len(distinct) + nulls - 1).bit_length()) - len(distinct)
-        null = self.model.num_classes if any(self.plan.guided) else int(distinct[0])
-        distinct = torch.cat([distinct, torch.full((nulls,), null)])
-        return distinct.to(device), places.to(device)
-
 
 @contextlib.contextmanager
 def _bar(progress: bool, total: int) -> Iterator[Callable[[], Any]]:
@@ -327,59 +338,3 @@ def _bar(progress: bool, total: int) -> Iterator[Callable[[], Any]]:
 
     with tqdm(total=total) as bar:
         yield bar.update
-
-
-def _schedule(
-    model: DiT, diffusion: GaussianDiffusion | None, steps: int | None, spacing: str | None
-) -> GaussianDiffusion:
-    if diffusion is not None:
-        for name, value in (("steps", steps), ("spacing", spacing)):
-            if value is not None:
-                fail(name, repr(value), "None beside a diffusion, which has its own")
-        if diffusion.learns_variance != model.learn_sigma:
-            allowed = f"one whose learn_sigma is the model's, {model.learn_sigma}"
-            fail("diffusion", f"one with learn_sigma {diffusion.learns_variance}", allowed)
-        return diffusion
-    spacing = "uniform" if spacing is None else spacing
-    if spacing not in SPACINGS:
-        fail("spacing", repr(spacing), ", ".join(map(repr, SPACINGS)))
-    steps = _positive("steps", 250 if steps is None else steps)
-    prefix = "" if spacing == "uniform" else spacing
-    return create_diffusion(f"{prefix}{steps}", learn_sigma=model.learn_sigma)
-
-
-def _no_diffusion(**options: Any) -> None:
-    """A flow has none of these: each is None or False."""
-    for name, value in options.items():
-        if value:
-            fail("clip_denoised" if name == "clip" else name, repr(value), "none with a transport")
-
-
-def _guided_channels(model: DiT, cfg_scale: float, channels: int | None) -> int:
-    if cfg_scale != 1 and model.y_embedder.dropout_prob == 0:
-        fail("cfg_scale", cfg_scale, "1 for a model without a null class")
-    if channels is None:
-        return min(3, model.in_channels)
-    if not isinstance(channels, int) or not 0 <= channels <= model.out_channels:
-        fail("guided_channels", channels, f"an int from 0 to {model.out_channels}")
-    return channels
-
-
-def _interval(interval: Any) -> tuple[float, float] | None:
-    if interval is None:
-        return None
-    if len(interval) != 2 or not interval[0] <= interval[1]:
-        fail("guidance_interval", interval, "two times, the lower first")
-    return float(interval[0]), float(interval[1])
-
-
-def _positive(name: str, value: Any) -> Any:
-    if value is not None and (type(value) is not int or value < 1):
-        fail(name, repr(value), "an int >= 1")
-    return value
-
-
-def _budget(value: Any) -> int:
-    if type(value) is not int or value < 0:
-        fail("conditioning_budget", repr(value), "an int >= 0, in bytes")
-    return value

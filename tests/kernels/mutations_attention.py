@@ -26,7 +26,7 @@ MUTATIONS: list[tuple[str, str, str]] = [
     (FORWARD, "v_ptr += batch * v_batch * UNIT + column", "v_ptr += batch * v_batch + column"),
     (FORWARD, "(1 / total)[:, None]", "(1 / (total + 1))[:, None]"),
     (FORWARD, "+ tl.log(total)", "- tl.log(total)"),
-    (FORWARD, "(head_dim**-0.5 if scale is None else scale)", "(head_dim**-0.5)"),
+    (FORWARD, "head_dim**-0.5 if scale is None else scale", "head_dim**-0.5"),
     (FORWARD, "first.to(tl.int64) * qk_token", "first * qk_batch"),
     # backward: signs, δ, lse, divisors, indices, the packed places
     (BACKWARD, "dot_rows(dout, v) - delta[:, None]", "dot_rows(dout, v) + delta[:, None]"),

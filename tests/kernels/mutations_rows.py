@@ -43,7 +43,7 @@ _ADALN = [
     (ADALN, "x_ptr + row.to(tl.int64) * D", "x_ptr + row * D"),  # 2^31 elements
     (ADALN, "out_ptr + row.to(tl.int64) * D", "out_ptr + sample.to(tl.int64) * D"),
     (ADALN, "load(x_row, MAIN, TAIL, D)", "load(x_row, 0, TAIL, D)"),
-    (ADALN, "token, MAIN, TAIL, D, PLUS_ONE", "token, MAIN, TAIL, D, not PLUS_ONE"),
+    (ROWS, "token, MAIN, TAIL, D, PLUS_ONE", "token, MAIN, TAIL, D, not PLUS_ONE"),
     (ADALN, "x = x.contiguous()", "x = x"),
     (ADALN, "x.shape[1], eps", "x.shape[0], eps"),
 ]

@@ -58,20 +58,28 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_errors_are_at_most_those_of_eager(case):
-    """Root mean square errors against float64: at most 1.25 times eager's.
+    """Errors against float64, root mean square and largest: at most 1.25 times eager's.
 
-    A parameter's gradient has as few elements as a head has channels: four draws of them.
+    A parameter's gradient has as few elements as a head has channels: four draws of them. The
+    largest error of few elements in float32 is the luck of its order: two units are let pass.
     """
     ours: dict[str, float] = {}
     theirs: dict[str, float] = {}
+    our_largest: dict[str, float] = {}
+    their_largest: dict[str, float] = {}
     for seed in range(4 if case.affine else 1):
         call = make(case, seed)
         exact = eager(call.in_dtype(torch.float64))
         with VirtualGPU("sm_80"):  # raises where a program leaves its bounds or two meet
             results = fused(call)
-        for found, total in ((errors(results, exact), ours), (errors(eager(call), exact), theirs)):
-            for name, error in found.items():
+        for run, total, largest in (
+            (results, ours, our_largest),
+            (eager(call), theirs, their_largest),
+        ):
+            for name, error in errors(run, exact).items():
                 total[name] = total.get(name, 0) + error**2
+                worst = (run[name].double() - exact[name]).abs().max().item()
+                largest[name] = max(largest.get(name, 0), worst)
         assert (
             rms(results["lse"] - exact_lse(call)) <= 4e-7 * rms(exact_lse(call)) + LSE[case.dtype]
         )
@@ -80,6 +88,8 @@ def test_errors_are_at_most_those_of_eager(case):
             assert ours[name] <= 1e-6**2
         else:
             assert ours[name] <= 1.25**2 * theirs[name], name
+            units = 2 * torch.finfo(FP32).eps * exact[name].abs().max().item()
+            assert our_largest[name] <= 1.25 * their_largest[name] + units, name
 
 
 @pytest.mark.parametrize("tokens", [30, 150])

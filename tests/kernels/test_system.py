@@ -117,22 +117,22 @@ class Counts:
 
 
 @contextlib.contextmanager
-def opaque_ops() -> Iterator[None]:
+def opaque_ops(device: str = "cpu") -> Iterator[None]:
     """Inside, every op is one node of `torch.ops.fastdit`, as where a kernel is chosen."""
 
     def never(*_args: Any) -> None:
         raise AssertionError("a fake tensor reached a kernel")
 
-    stubs = [backends.Kernel(op, "cpu", "opaque", never) for op in backends.OPS]
-    before = {op: list(backends.kernels_for(op, "cpu")) for op in backends.OPS}
+    stubs = [backends.Kernel(op, device, "opaque", never) for op in backends.OPS]
+    before = {op: list(backends.kernels_for(op, device)) for op in backends.OPS}
     for stub in stubs:
-        backends.kernels_for(stub.op, "cpu")[:] = [stub]
+        backends.kernels_for(stub.op, device)[:] = [stub]
     try:
         with fastdit.backend("native"):
             yield
     finally:
         for op, kernels in before.items():
-            backends.kernels_for(op, "cpu")[:] = kernels
+            backends.kernels_for(op, device)[:] = kernels
 
 
 @pytest.fixture(scope="module")

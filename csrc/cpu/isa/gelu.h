@@ -1,17 +1,15 @@
 // The tanh form of GELU and its derivative, within two ulp of float everywhere.
 //
-//   gelu(−a) = −a·σ(−t) = −a·2^−s / (2^−s + 1),   t = 2·√(2/π)·(a + 0.044715·a³),   s = t·log₂e
-//   gelu(z) = max(z, 0) + gelu(−|z|)
+//   gelu(z) = z·σ(t) = z / (1 + 2^−s),   t = 2·√(2/π)·(z + 0.044715·z³),   s = t·log₂e
 //
-// s is rounded to n + j/2^J; what is left, g, is small enough for a polynomial of two to five
-// terms, 2^(j/2^J) comes from a table that fits a register, and w = 2^−n scales the quotient. w and
-// the table share a factor c_j: the bits of s, subtracted from those of a constant, are then c_j·w,
-// in one instruction.
+// s is rounded to n + j/2^J; what is left, g, is small enough for a polynomial of three to six
+// terms, and 2^(−n−j/2^J) is an entry of a table that fits a register, less the bits of s in the
+// exponent's place: the entries' bits make up for those of j.
 //
-// An error of s is a relative error of 2^−s, and s reaches 150 before gelu ends in subnormal
+// An error of s is a relative error of 2^−s, and s reaches −150 before gelu ends in subnormal
 // numbers, so g is computed to twice float's precision, by fused multiply-adds of what rounding
-// lost. Where the quotient's reciprocal is estimated (AVX-512) one step of Newton corrects the
-// quotient itself: 2^−28 beside its rounding.
+// lost. Where a reciprocal is estimated (AVX-512) one step of Newton corrects the quotient itself:
+// 2^−28 beside its rounding. Beyond ±10 a branch, hardly taken, leaves the vectors.
 #pragma once
 
 #include "cpu/isa/vec.h"
@@ -30,19 +28,15 @@ INLINE Vec fused(Vec a, Vec b, Vec c) {
 
 INLINE Vec magnitude(Vec z) { return (Vec)((Bits)z & 0x7fffffffu); }
 
-// ---- c_j·2^(j/2^J) and the polynomial for what is left -------------------------------------------
-// kUnit has the bits of c_0; c_j are its successors at steps of 2^(23−J), rescaled to a binade, and
-// chosen so that table entries lie just below 2, where a rounding is half as large.
+// ---- 2^(−j/2^J), its bits plus j/2^J of an exponent, and the polynomial for what is left ------------
 
 #if defined(__AVX512F__) && FASTDIT_LANES == 16
 constexpr int kFraction = 4;  // J
-constexpr uint32_t kUnit = 0x3fef5000u;
-INLINE Vec scaled_root(Bits bits) {
-  const Vec table = {0x1.deap+0f,    0x1.e31b6ep+0f, 0x1.e70c4ap+0f, 0x1.ea641p+0f,
-                     0x1.ed1334p+0f, 0x1.ef091cp+0f, 0x1.f03408p+0f, 0x1.f08102p+0f,
-                     0x1.efdbdp+0f,  0x1.ee2ed6p+0f, 0x1.eb630ep+0f, 0x1.e75fe8p+0f,
-                     0x1.e20b3cp+0f, 0x1.db4926p+0f, 0x1.d43ec4p+0f, 0x1.d9a78ep+0f};
-  return (Vec)_mm512_permutexvar_ps((__m512i)bits, (__m512)table);
+INLINE Bits root(Bits bits) {
+  const Bits table = {0x3f800000u, 0x3f7d257du, 0x3f7ac0c7u, 0x3f78ccdfu, 0x3f7744fdu, 0x3f76248cu,
+                      0x3f75672au, 0x3f7508a4u, 0x3f7504f3u, 0x3f75583fu, 0x3f75fed7u, 0x3f76f532u,
+                      0x3f7837f0u, 0x3f79c3d3u, 0x3f7b95c2u, 0x3f7daac3u};
+  return (Bits)_mm512_permutexvar_epi32((__m512i)bits, (__m512i)table);
 }
 INLINE Vec quotient(Vec a, Vec d) {
   const Vec inverse = (Vec)_mm512_rcp14_ps((__m512)d), q = a * inverse;
@@ -50,17 +44,15 @@ INLINE Vec quotient(Vec a, Vec d) {
 }
 #elif defined(__AVX2__) && FASTDIT_LANES == 8
 constexpr int kFraction = 3;
-constexpr uint32_t kUnit = 0x3fe8f000u;
-INLINE Vec scaled_root(Bits bits) {
-  const Vec table = {0x1.d1ep+0f,    0x1.d924ep+0f,  0x1.dde9ap+0f,  0x1.dfab24p+0f,
-                     0x1.ddd3dp+0f,  0x1.d7b946p+0f, 0x1.cc99dcp+0f, 0x1.c88daap+0f};
-  return (Vec)_mm256_permutevar8x32_ps((__m256)table, (__m256i)bits);
+INLINE Bits root(Bits bits) {
+  const Bits table = {0x3f800000u, 0x3f7ac0c7u, 0x3f7744fdu, 0x3f75672au, 0x3f7504f3u, 0x3f75fed7u,
+                      0x3f7837f0u, 0x3f7b95c2u};
+  return (Bits)_mm256_permutevar8x32_epi32((__m256i)table, (__m256i)bits);
 }
 INLINE Vec quotient(Vec a, Vec d) { return a / d; }
 #else
 constexpr int kFraction = 0;
-constexpr uint32_t kUnit = 0x3fb40000u;  // 1.40625: times 2^g it is between 0.99 and 1.99
-INLINE Vec scaled_root(Bits) { return all(1.40625f); }
+INLINE Bits root(Bits) { return Bits{} + 0x3f800000u; }
 INLINE Vec quotient(Vec a, Vec d) { return a / d; }
 #endif
 
@@ -82,77 +74,68 @@ INLINE Vec exponential_rest(Vec g) {
   }
 }
 
-constexpr float kLargest = 0x1.40feaep+3f;  // where s is 127: above it w's bits would wrap
-constexpr float kTail = 0x1.40089p+3f;      // where s is 126: w is normal up to there
+constexpr float kLimit = 0x1.40089p+3f;  // where s is 126: 2^−s and 2^s are normal up to there
 
-// σ(−t) = w/sum for t ≥ 0, up to a = kLargest; w is then 2^−127 or less, but not zero.
-struct Sigmoid {
-  Vec w, sum;
-};
-
-// k0 = 2·√(2/π)·log₂e is split at 2^−19, so that p − k0 is exact for every a.
+// 2^−s for |z| ≤ kLimit. k0 = 2·√(2/π)·log₂e is split at 2^−19, so that p − k0 is exact.
 template <bool twice>
-INLINE Sigmoid sigmoid(Vec a, Vec q) {
+INLINE Vec exponential(Vec z, Vec q) {
   const Vec k0 = all(0x1.26aecp+1f), k1 = all(0x1.a5a7dp-4f);  // 0.044715 of k0
   const Vec k0_rest = all(0x1.0de73ap-22f), k1_rest = all(-0x1.151aaep-29f);
   const Vec p = muladd(k1, q, k0), shifter = all(0x1.8p23f / (1 << kFraction));
-  const Vec shifted = muladd(a, p, shifter), n = shifted - shifter;
-  Vec g = fused(a, p, -n);
+  const Vec shifted = muladd(z, p, shifter), n = shifted - shifter;
+  Vec g = fused(-z, p, n);
   if constexpr (twice) {
     Vec p_rest = fused(k1, q, k0 - p);
-    p_rest = muladd(k1, fused(a, a, -q), p_rest) + muladd(k1_rest, q, k0_rest);
-    g = muladd(a, p_rest, g);
+    p_rest = muladd(k1, fused(z, z, -q), p_rest) + muladd(k1_rest, q, k0_rest);
+    g = muladd(-z, p_rest, g);
   }
   const Bits bits = (Bits)shifted;
-  const Vec root = scaled_root(bits), w = (Vec)(kUnit - (bits << (23 - kFraction)));
-  return {w, muladd(root * g, exponential_rest(g), root) + w};
+  const Vec power = (Vec)(root(bits) - (bits << (23 - kFraction)));
+  return muladd(power * g, exponential_rest(g), power);
 }
 
-// Beyond kTail: in double, a lane at a time, rounded once to what may be a subnormal number; below −12
-// zero, and at −∞, where eager PyTorch has 0·∞, NaN.
-NOINLINE inline Vec gelu_tail(Vec z, Vec value) {
+// Whether any number is beyond ±limit.
+INLINE bool any_beyond(Vec z, float limit) {
+#if defined(__AVX512F__) && FASTDIT_LANES == 16
+  return _mm512_cmp_ps_mask((__m512)magnitude(z), _mm512_set1_ps(limit), _CMP_GT_OQ);
+#elif defined(__AVX2__) && FASTDIT_LANES == 8
+  return _mm256_movemask_ps((__m256)(magnitude(z) > limit));
+#else
+  const Ints beyond = magnitude(z) > limit;
+  int32_t any = 0;
+  for (int i = 0; i < L; ++i) any |= beyond[i];
+  return any;
+#endif
+}
+
+// Numbers beyond kLimit: above it themselves; below it in double, a lane at a time, rounded once to
+// what may be a subnormal number; below −12 zero, and at −∞, where eager PyTorch has 0·∞, NaN.
+NOINLINE inline Vec gelu_beyond(Vec z, Vec value) {
   for (int i = 0; i < L; ++i) {
     const double x = z[i], p = 0x1.26aec21bce759p+1 + 0x1.a5a7cf7572a98p-4 * x * x;
-    if (x < -kTail) value[i] = x > -12 ? float(x / (1 + __builtin_exp2(-x * p))) : -0.f;
+    if (x > kLimit) value[i] = z[i];
+    if (x < -kLimit) value[i] = x > -12 ? float(x / (1 + __builtin_exp2(-x * p))) : -0.f;
     if (x < -__FLT_MAX__) value[i] = __builtin_nanf("");
   }
   return value;
 }
 
-// Whether any lane is below the limit. A branch that data hardly takes costs less than its work.
-INLINE bool any_below(Vec z, float limit) {
-#if defined(__AVX512F__) && FASTDIT_LANES == 16
-  return _mm512_cmp_ps_mask((__m512)z, _mm512_set1_ps(limit), _CMP_LT_OQ);
-#elif defined(__AVX2__) && FASTDIT_LANES == 8
-  return _mm256_movemask_ps((__m256)(z < limit));
-#else
-  const Ints below = z < limit;
-  int32_t any = 0;
-  for (int i = 0; i < L; ++i) any |= below[i];
-  return any;
-#endif
-}
-
 // A result that is stored in 16 bits does not need s to twice float's precision.
 template <bool twice>
 INLINE Vec gelu(Vec z) {
-  const Vec a = min(magnitude(z), all(kLargest));
-  const Sigmoid s = sigmoid<twice>(a, a * a);
-  const Vec value = muladd(-quotient(a, s.sum), s.w, max(z, Vec{}));
-  return any_below(z, -kTail) ? gelu_tail(z, value) : value;
+  const Vec value = quotient(z, exponential<twice>(z, z * z) + 1);
+  return any_beyond(z, kLimit) ? gelu_beyond(z, value) : value;
 }
 
-// σ + z·t'·σ·(1 − σ),  t' = 2·√(2/π)·(1 + 3·0.044715·z²); beyond kLargest it is 0 or 1. Its error is
+// σ + z·t'·σ·(1 − σ),  t' = 2·√(2/π)·(1 + 3·0.044715·z²); beyond ±kLimit it is 0 or 1. Its error is
 // absolute, so s needs no more than float's precision. At ±∞ eager PyTorch has 0·∞, NaN; so has this.
 INLINE Vec gelu_derivative(Vec z) {
-  const Vec size = magnitude(z), a = min(size, all(kLargest)), q = a * a;
-  const Sigmoid s = sigmoid<false>(a, q);
-  const Vec below = quotient(s.w, s.sum), sigma = z < 0 ? below : 1 - below;
+  const Vec q = z * z, e = exponential<false>(z, q), sigma = quotient(all(1), e + 1);
   const Vec slope = z * muladd(q, all(0.21406444f), all(1.5957691f));
-  const Vec value = muladd(slope, muladd(-below, below, below), sigma);
-  if (!any_below(-size, -kLargest)) return value;
-  const Vec limit = size > __FLT_MAX__ ? all(__builtin_nanf("")) : z < 0 ? Vec{} : all(1);
-  return size > kLargest ? limit : value;
+  const Vec value = muladd(slope * (e * sigma), sigma, sigma);
+  if (!any_beyond(z, kLimit)) return value;
+  const Vec limit = magnitude(z) > __FLT_MAX__ ? all(__builtin_nanf("")) : z < 0 ? Vec{} : all(1);
+  return magnitude(z) > kLimit ? limit : value;
 }
 
 }  // namespace fastdit::FASTDIT_ISA

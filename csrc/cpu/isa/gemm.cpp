@@ -4,9 +4,7 @@
 // which stay in the second-level cache while all rows pass; a tile of A and its kDepth numbers
 // (21 KB) stay in the first while the panels of a group pass. Each element is the sum of its blocks'
 // sums: a chain is never longer than kDepth, which is what keeps the error at MKL's.
-#include "cpu/isa/gemm.h"
-
-#include "cpu/isa/gelu.h"
+#include "cpu/isa/epilogue.h"
 
 namespace fastdit::FASTDIT_ISA {
 namespace {
@@ -15,36 +13,6 @@ constexpr int64_t kDepth = 384, kGroup = 6, kTileFloats = int64_t(kTile) * kPane
 constexpr int64_t kMostRows = 4096;  // whose partial sums lie in scratch memory
 
 int64_t blocks_of(int64_t depth) { return depth ? (depth + kDepth - 1) / kDepth : 1; }
-
-template <Epilogue kind>
-INLINE void finish_rows(const Gemm& g, int64_t first, int64_t rows, int64_t column,
-                        const float* tile) {
-  for (int64_t r = first; r < first + rows; ++r, tile += kPanel) {
-    float* c = g.c + r * g.c_stride + column;
-    const float* row = nullptr;
-    if constexpr (kind == Epilogue::gate) row = g.row + r / g.tokens * g.row_step + column;
-    if constexpr (kind == Epilogue::add) row = g.row + r % g.tokens * g.row_step + column;
-#pragma GCC unroll 2
-    for (int d = 0; d < kPanel; d += L) {
-      Vec v = load(tile + d, Full{});
-      if (g.bias) v += load(g.bias + column + d, Full{});
-      if constexpr (kind == Epilogue::gelu) v = gelu<false>(v);
-      if constexpr (kind == Epilogue::gate)
-        v = muladd(load(row + d, Full{}), v, load(c + d, Full{}));
-      if constexpr (kind == Epilogue::add) v += load(row + d, Full{});
-      store(c + d, v, Full{});
-    }
-  }
-}
-
-INLINE void finish(const Gemm& g, int64_t first, int64_t rows, int64_t column, const float* tile) {
-  switch (g.epilogue) {
-    case Epilogue::plain: return finish_rows<Epilogue::plain>(g, first, rows, column, tile);
-    case Epilogue::gelu: return finish_rows<Epilogue::gelu>(g, first, rows, column, tile);
-    case Epilogue::gate: return finish_rows<Epilogue::gate>(g, first, rows, column, tile);
-    case Epilogue::add: return finish_rows<Epilogue::add>(g, first, rows, column, tile);
-  }
-}
 
 // One group of panels, all blocks of the depth, rows [row, row_end).
 void group_product(const Gemm& g, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end,

@@ -1,0 +1,222 @@
+"""A DiT's whole forward in inference on a CPU: eager PyTorch and what users would pick instead,
+against fastdit's native forward.
+
+    python benchmarks/bench_forward.py --threads 2 [--rounds 7] [--cases tiny,S/8,S/2] [--json FILE]
+
+Every candidate of a case runs the same model on the same inputs, in turns; a figure is the median
+of its turns and a ratio the median of the turns' ratios to eager's. Eager is the published DiT in
+plain PyTorch (`fastdit.backend("reference")`, every layer's modulation by itself). "rows given" has
+its conditioning computed before, as a sampler's steps do. Peers that are not installed are named as
+absent. Errors are relative, in the 2-norm, to the model in float64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import json
+import os
+import statistics
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from timing import timed
+from torch import Tensor, nn
+
+import fastdit
+
+TINY = {"in_channels": 1, "hidden_size": 192, "depth": 6, "num_heads": 6, "num_classes": 10}
+MODELS = {
+    "tiny": lambda: fastdit.DiT(input_size=8, patch_size=2, **TINY),
+    "tiny/1": lambda: fastdit.DiT(input_size=8, patch_size=1, **TINY),
+    **{name.removeprefix("DiT-"): make for name, make in fastdit.DiT_models.items()},
+}
+CASES = {
+    "tiny": ("tiny", 2),
+    "tiny64": ("tiny", 64),
+    "tiny/1": ("tiny/1", 2),
+    "S/8": ("S/8", 2),
+    "S/2b1": ("S/2", 1),
+    "S/2": ("S/2", 2),
+    "B/2": ("B/2", 2),
+    "XL/2": ("XL/2", 1),
+}
+Forward = Callable[[], Tensor]
+
+
+def model_of(name: str) -> fastdit.DiT:
+    """As initialised, but with gates and a last layer that are not zero."""
+    torch.manual_seed(0)
+    model = MODELS[name]().eval().requires_grad_(False)
+    for layer in (*model.blocks, model.final_layer):
+        nn.init.normal_(layer.adaLN_modulation[1].weight, std=0.05)
+        nn.init.normal_(layer.adaLN_modulation[1].bias, std=0.05)
+    nn.init.normal_(model.final_layer.linear.weight, std=0.02)
+    return model
+
+
+class Published(nn.Module):
+    """The model in eager PyTorch, each layer computing its own modulation, as published."""
+
+    def __init__(self, model: fastdit.DiT) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        model = self.model
+        with fastdit.backend("reference"):
+            c = model.condition(t, y)
+            x = model.x_embedder(x, model.pos_embed)
+            for block in model.blocks:
+                x = block(x, c)
+            return model.unpatchify(model.final_layer(x, c))
+
+
+def absent(*modules: str) -> str | None:
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    return f"absent: {', '.join(missing)} not installed" if missing else None
+
+
+def onnx_file(model: nn.Module, args: tuple[Tensor, ...], folder: Path) -> str:
+    path = str(folder / "model.onnx")
+    names = ["x", "t", "y"]
+    torch.onnx.export(model, args, path, input_names=names, dynamo=False, opset_version=17)
+    return path
+
+
+def onnxruntime(path: str, args: tuple[Tensor, ...], threads: int) -> Forward:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 3
+    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    names = [i.name for i in session.get_inputs()]
+    feed = {n: a.numpy() for n, a in zip(("x", "t", "y"), args, strict=True) if n in names}
+    return lambda: torch.from_numpy(session.run(None, feed)[0])
+
+
+def quantized(path: str) -> str:
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    to = path.replace(".onnx", ".int8.onnx")
+    quantize_dynamic(path, to, per_channel=True, weight_type=QuantType.QInt8)
+    return to
+
+
+def openvino(model: nn.Module, args: tuple[Tensor, ...], threads: int) -> Forward:
+    import openvino as ov
+
+    converted = ov.convert_model(model, example_input=args)
+    config = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
+    compiled = ov.Core().compile_model(converted, "CPU", config)
+    request, arrays = compiled.create_infer_request(), [a.numpy() for a in args]
+    return lambda: torch.from_numpy(request.infer(arrays)[0])
+
+
+def compiled(model: nn.Module, args: tuple[Tensor, ...], freezing: bool) -> Forward:
+    import torch._inductor.config as inductor
+
+    torch._dynamo.reset()
+    function = torch.compile(copy.deepcopy(model))
+    with inductor.patch(freezing=freezing):
+        function(*args)
+    return lambda: function(*args)
+
+
+def candidates(name: str, batch: int, peers: set[str], threads: int):
+    """Functions of no arguments by name, each forward's output in float64, and who is absent."""
+    model = model_of(name)
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(batch, model.in_channels, *model.input_size, generator=g)
+    t = torch.randint(0, 1000, (batch,), generator=g)
+    y = torch.randint(0, model.num_classes, (batch,), generator=g)
+    args, eager = (x, t, y), Published(model)
+    native, int8 = fastdit.NativeForward(model), fastdit.NativeForward(model, quantize="int8")
+    rows = native.conditioning(t, y)
+    found: dict[str, Forward] = {
+        "eager": lambda: eager(*args),
+        "native": lambda: native(*args),
+        "native, rows given": lambda: native(x, None, None, conditioning=rows),
+        "native int8": lambda: int8(*args),
+        "native int8, rows given": lambda: int8(x, None, None, conditioning=rows),
+    }
+    missing = {}
+    if "ort" in peers:
+        why = absent("onnx", "onnxruntime")
+        if why:
+            missing["onnxruntime"] = why
+        else:
+            folder = tempfile.TemporaryDirectory()
+            path = onnx_file(eager, args, Path(folder.name))
+            found["onnxruntime"] = onnxruntime(path, args, threads)
+            found["onnxruntime int8"] = onnxruntime(quantized(path), args, threads)
+            folder.cleanup()
+    if "openvino" in peers:
+        why = absent("openvino")
+        missing |= {"openvino": why} if why else {}
+        found |= {} if why else {"openvino": openvino(eager, args, threads)}
+    if "compile" in peers:
+        found["torch.compile"] = compiled(eager, args, False)
+        found["torch.compile, freezing"] = compiled(eager, args, True)
+    if model.hidden_size <= 384:
+        true = Published(copy.deepcopy(model).double())(x.double(), t, y)
+    else:  # too large for float64 in this benchmark's time: the errors are those against eager
+        true = eager(*args).double()
+    return found, true, missing
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--cases", default=",".join(CASES))
+    parser.add_argument("--peers", default="ort,openvino,compile", help="none for none")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.set_grad_enabled(False)
+    clock = "CPU time" if options.threads == 1 else "wall time"
+    isa = fastdit.NativeForward(model_of("tiny")).explain()
+    print(f"torch {torch.__version__}, {isa}, {options.threads} threads, ms of {clock}")
+    results = []
+    for case in options.cases.split(","):
+        name, batch = CASES[case]
+        peers = set(options.peers.split(","))
+        functions, true, missing = candidates(name, batch, peers, options.threads)
+        print(f"\n{name}, batch {batch}", flush=True)
+        errors = {
+            n: float((f().double() - true).norm() / true.norm()) for n, f in functions.items()
+        }
+        times = timed(functions, options.rounds)
+        for who, seconds in times.items():
+            ratios = sorted(a / b for a, b in zip(times["eager"], seconds, strict=True))
+            row = {
+                "model": name,
+                "batch": batch,
+                "threads": options.threads,
+                "who": who,
+                "ms": [1e3 * s for s in seconds],
+                "ratio": statistics.median(ratios),
+                "error": errors[who],
+            }
+            results.append(row)
+            milliseconds = [f(row["ms"]) for f in (statistics.median, min, max)]
+            print(
+                "  {:24} {:9.2f} [{:.2f}..{:.2f}]".format(who, *milliseconds)
+                + f"  {row['ratio']:5.2f}x [{ratios[0]:.2f}..{ratios[-1]:.2f}]"
+                + f"  error {row['error']:.1e}",
+                flush=True,
+            )
+        for who, why in missing.items():
+            print(f"  {who:24} {why}")
+    if options.json:
+        temporary = options.json.with_suffix(".tmp")
+        temporary.write_text(json.dumps(results, indent=1))
+        os.replace(temporary, options.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""A sampler's options, checked, and the plan that follows from them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastdit.diffusion import SPACINGS, GaussianDiffusion, create_diffusion
+from fastdit.flow import Transport
+from fastdit.model import DiT
+from fastdit.ops._checks import fail
+from fastdit.sampler.flow import flow_plan
+from fastdit.sampler.plan import Plan, diffusion_plan
+from fastdit.sampler.presets import preset
+
+
+def plan_of(
+    model: DiT,
+    *,
+    quality: str | None,
+    solver: str | None,
+    steps: int | None,
+    spacing: str | None,
+    diffusion: GaussianDiffusion | None,
+    transport: Transport | None,
+    eta: float,
+    order: int,
+    clip_denoised: bool,
+    guidance: tuple[float, int],
+    interval: Any,
+) -> Plan:
+    """The plan of `Sampler`'s arguments; `guidance` is its scale and the channels it guides."""
+    if quality is not None:
+        for name, value in (("diffusion", diffusion), ("transport", transport)):
+            if value is not None:
+                fail(name, "one", "None beside quality, which is of the model's own diffusion")
+        chosen = preset(quality)
+        solver = chosen["solver"] if solver is None else solver
+        steps = chosen["steps"] if steps is None else steps
+        spacing = chosen.get("spacing") if spacing is None else spacing
+        interval = chosen.get("guidance_interval") if interval is None else interval
+    if transport is not None:
+        _no_diffusion(spacing=spacing, diffusion=diffusion, eta=eta, clip_denoised=clip_denoised)
+        plan = flow_plan(transport, solver, steps)
+    else:
+        schedule = _schedule(model, diffusion, steps, spacing)
+        plan = diffusion_plan(schedule, solver or "ddpm", eta, order)
+    scale, channels = guidance
+    interval = _interval(interval)
+    if scale == 1 or not channels:
+        return plan
+    if transport is not None and interval is not None:
+        slack = 1e-6  # the ends count as inside despite float32's rounding
+        low, high = (end * transport.time_scale for end in interval)
+        interval = low - slack * transport.time_scale, high + slack * transport.time_scale
+    return plan.with_guidance(scale, interval)
+
+
+def _no_diffusion(**options: Any) -> None:
+    """A flow has none of these: each is None, 0 or False."""
+    for name, value in options.items():
+        if value:
+            fail(name, repr(value), "none with a transport")
+
+
+def _schedule(
+    model: DiT, diffusion: GaussianDiffusion | None, steps: int | None, spacing: str | None
+) -> GaussianDiffusion:
+    if diffusion is not None:
+        for name, value in (("steps", steps), ("spacing", spacing)):
+            if value is not None:
+                fail(name, repr(value), "None beside a diffusion, which has its own")
+        if diffusion.learns_variance != model.learn_sigma:
+            allowed = f"one whose learn_sigma is the model's, {model.learn_sigma}"
+            fail("diffusion", f"one with learn_sigma {diffusion.learns_variance}", allowed)
+        return diffusion
+    spacing = "uniform" if spacing is None else spacing
+    if spacing not in SPACINGS:
+        fail("spacing", repr(spacing), ", ".join(map(repr, SPACINGS)))
+    steps = positive("steps", 250 if steps is None else steps)
+    prefix = "" if spacing == "uniform" else spacing
+    return create_diffusion(f"{prefix}{steps}", learn_sigma=model.learn_sigma)
+
+
+def guided_channels(model: DiT, cfg_scale: float, channels: int | None) -> int:
+    if cfg_scale != 1 and not model.guidable:
+        fail("cfg_scale", cfg_scale, "1 for a model without a null class")
+    if channels is None:
+        return min(3, model.in_channels)
+    if not isinstance(channels, int) or not 0 <= channels <= model.out_channels:
+        fail("guided_channels", channels, f"an int from 0 to {model.out_channels}")
+    return channels
+
+
+def _interval(interval: Any) -> tuple[float, float] | None:
+    if interval is None:
+        return None
+    if len(interval) != 2 or not interval[0] <= interval[1]:
+        fail("guidance_interval", interval, "two times, the lower first")
+    return float(interval[0]), float(interval[1])
+
+
+def positive(name: str, value: Any) -> Any:
+    if value is not None and (type(value) is not int or value < 1):
+        fail(name, repr(value), "an int >= 1")
+    return value
+
+
+def budget(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        fail("conditioning_budget", repr(value), "an int >= 0, in bytes")
+    return value

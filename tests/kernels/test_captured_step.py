@@ -1,0 +1,140 @@
+"""The step that a CUDA graph captures, on fake tensors of a DiT-XL/2: what it launches, and that it
+touches nothing but the device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from test_system import Counts, opaque_ops
+from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import fastdit
+from fastdit.sampler.conditioning import Conditioning
+from fastdit.sampler.conditions import Conditions
+from fastdit.sampler.plan import diffusion_plan
+from fastdit.sampler.run import Recipe, Run
+from fastdit.testing import count_traffic
+from fastdit.testing.counting import Cost
+
+BATCH, STEPS, LABELS = 32, 250, 5
+LAUNCHES = 235  # model, guidance and update; eager PyTorch's model alone is 614
+HAS_CUDA = torch.backends.cuda.is_built()
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=pytest.mark.skipif(not HAS_CUDA, reason="this PyTorch cannot fake CUDA tensors"),
+    ),
+]
+SOLVERS = [("ddpm", True), ("ddpm", False), ("dpm++", True), ("ddim", True)]
+
+
+class OnlyDevice(TorchDispatchMode):
+    """No op inside takes or makes a tensor anywhere else, and none is a copy between devices."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device, self.ops = device, 0
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = op(*args, **(kwargs or {}))
+        self.ops += 1
+        found = [
+            leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, torch.Tensor)
+        ]
+        assert {tensor.device.type for tensor in found} <= {self.device}, op
+        return out
+
+
+def fake_model(device: str, depth: int) -> tuple[FakeTensorMode, fastdit.DiT]:
+    """A fake DiT of XL/2's width in bfloat16 on a fake device."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with FakeTensorMode() as mode:
+            dit = fastdit.DiT(depth=depth).eval()
+            for module in dit.modules():
+                present = {k: v for k, v in module._parameters.items() if v is not None}
+                for name, value in present.items():
+                    fresh = torch.empty(value.shape, device=device)
+                    module._parameters[name] = nn.Parameter(fresh, requires_grad=False)
+    finally:
+        torch.set_default_dtype(default)
+    return mode, dit
+
+
+@pytest.fixture(scope="module", params=DEVICES)
+def xl(request):
+    """The whole DiT-XL/2."""
+    return *fake_model(request.param, 28), request.param
+
+
+@pytest.fixture(scope="module", params=DEVICES)
+def fake(request):
+    """One with two blocks: the others add nothing but time."""
+    return *fake_model(request.param, 2), request.param
+
+
+def captured_run(dit, device: str, solver: str, seeded: bool, hoisted: bool = True) -> Run:
+    """A chunk's static tensors, as `Sampler` makes them, by shape only."""
+    plan = diffusion_plan(fastdit.create_diffusion(str(STEPS)), solver).with_guidance(4.0, None)
+
+    def ints(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.int64, device=device)
+
+    table = torch.empty(STEPS + 1, 9, device=device)
+    recipe = Recipe(dit, plan, table, ints(STEPS), None, 3, seeded)
+    x = torch.empty(BATCH, 4, 32, 32, dtype=torch.bfloat16, device=device)
+    seeds = ints(BATCH) if seeded else None
+    given = Conditions(ints(LABELS), ints(BATCH), LABELS)
+    run = Run(recipe, x, given, seeds, captured=True)
+    if hoisted:
+        run.conditioning = Conditioning.__new__(Conditioning)
+        width = (6 * len(dit.blocks) + 2) * 1152
+        run.conditioning.table = torch.empty(STEPS, LABELS, width, dtype=x.dtype, device=device)
+    return run
+
+
+@pytest.mark.parametrize(("solver", "seeded"), [("ddpm", False), ("dpm++", True)])
+def test_launches_of_a_step(xl, solver, seeded):
+    mode, dit, device = xl
+    counts = Counts()
+    counts.costs["fastdit::diffusion_step"] = lambda *_args: Cost(1, 0, 0)
+    with mode, torch.no_grad(), opaque_ops(device):
+        run = captured_run(dit, device, solver, seeded)
+        with count_traffic(counts.costs) as traffic:
+            run.advance_captured(True)
+    assert traffic.launches["fastdit::diffusion_step"] == 1
+    launched = traffic.total_launches + counts.launches()
+    assert launched <= LAUNCHES
+
+
+@pytest.mark.parametrize("hoisted", [True, False], ids=["hoisted", "conditioned in the step"])
+@pytest.mark.parametrize(("solver", "seeded"), SOLVERS)
+def test_a_step_stays_on_its_device_and_reads_no_value(fake, solver, seeded, hoisted):
+    """A fake tensor has no value: reading one, for a branch or a shape, is an error."""
+    mode, dit, device = fake
+    with mode, torch.no_grad(), opaque_ops(device):
+        run = captured_run(dit, device, solver, seeded, hoisted)
+        with OnlyDevice(device) as only:
+            for guided in (True, False):
+                run.advance_captured(guided)
+    assert only.ops > 60
+
+
+def test_the_guard_sees_a_copy_and_a_read(fake):
+    """The checks above can fail."""
+    mode, _dit, device = fake
+    other = "meta" if device == "cpu" else "cpu"
+    with mode:
+        here = torch.empty(2, device=device)
+        with pytest.raises(AssertionError), OnlyDevice(device):
+            here.to(other)
+        with pytest.raises(DataDependentOutputException):
+            bool(here.sum() > 0)
