@@ -19,6 +19,7 @@ import json
 import os
 import statistics
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -83,7 +84,9 @@ def absent(*modules: str) -> str | None:
 def onnx_file(model: nn.Module, args: tuple[Tensor, ...], folder: Path) -> str:
     path = str(folder / "model.onnx")
     names = ["x", "t", "y"]
-    torch.onnx.export(model, args, path, input_names=names, dynamo=False, opset_version=17)
+    with warnings.catch_warnings():  # of the exporter's age, and of every shape it traces
+        warnings.simplefilter("ignore")
+        torch.onnx.export(model, args, path, input_names=names, dynamo=False, opset_version=17)
     return path
 
 

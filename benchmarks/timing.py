@@ -28,6 +28,9 @@ import torch
 Candidates = dict[str, Callable[[], object]]
 MOST_CALLS = 2000
 """In one turn: enough for any clock, few enough for a GPU's queue."""
+SETTLE = 0.05
+"""Seconds before a turn in wall time: ONNX Runtime's threads spin on after its turn, and made the
+column behind it up to 1.6 times slower."""
 BACKLOG_CYCLES = 2_000_000  # 1 ms at 2 GHz: the host enqueues some 100 launches meanwhile
 
 
@@ -76,6 +79,7 @@ class Patience:
         if not sys.platform.startswith("linux"):
             return _turn(function, count, time.perf_counter)
         while True:
+            time.sleep(SETTLE)
             wall, others = time.perf_counter(), _others()
             seconds = _turn(function, count, time.perf_counter)
             spent = time.perf_counter() - wall

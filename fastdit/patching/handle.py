@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,8 +13,9 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from torch import nn
 
-from fastdit.patching import probe
+from fastdit.patching import native, probe
 from fastdit.patching.leftover import why_left
+from fastdit.patching.published_model import MODEL
 from fastdit.patching.rules import Rule, child, install, is_ours, own_forward
 from fastdit.patching.table import rules_for
 
@@ -196,7 +197,9 @@ def own_code(module: nn.Module) -> bool:
     return type(module).__module__.partition(".")[0] == "fastdit"
 
 
-def patch(model: nn.Module, level: str = "exact", *, verify: bool = True) -> Handle:
+def patch(
+    model: nn.Module, level: str = "exact", *, verify: bool = True, quantize: str | None = None
+) -> Handle:
     """Make somebody else's model run on fastdit's ops, in place.
 
     Parameters, state dict, module names, classes and hooks stay what they are. Works before or
@@ -212,6 +215,9 @@ def patch(model: nn.Module, level: str = "exact", *, verify: bool = True) -> Han
             forwards: branches fused across blocks, conditioning computed once.
         verify: run one module of each kind beside its replacement, on a few tokens with random
             weights on the CPU, and skip the kind if they differ. Costs a fraction of a second.
+        quantize: `"int8"` multiplies in 8 bits in the blocks of every model that level `"fast"`
+            runs as one compiled call, on CPUs in inference (docs/native_forward.md has its error);
+            None multiplies in float32.
 
     Returns:
         A `Handle`: `report()` tells every site replaced or skipped and why, `undo()` restores.
@@ -220,7 +226,8 @@ def patch(model: nn.Module, level: str = "exact", *, verify: bool = True) -> Han
     Raises:
         TypeError: `model` is no module, or a ScriptModule, whose forward cannot be replaced.
         ValueError: an unknown level; a DataParallel, whose replicas would call the original's
-            parameters.
+            parameters; `quantize` where no model is taken by the compiled forward. Nothing is
+            changed then.
 
     Example:
         >>> handle = fastdit.patch(pipe.transformer)
@@ -240,7 +247,31 @@ def patch(model: nn.Module, level: str = "exact", *, verify: bool = True) -> Han
         previous = own_forward(module)
         if previous is None or previous.func is not rule.forward:
             handle._installed.append(_Installed(name, module, install(module, rule), previous))
+    if quantize is not None:
+        wholes = {name: module for name, module, rule in search.chosen if rule is MODEL}
+        _quantize(handle, wholes, quantize)
     return handle
+
+
+def _quantize(handle: Handle, models: dict[str, nn.Module], how: str) -> None:
+    """Ask for 8 bits in the whole models that were replaced, and say so in the report."""
+    try:
+        if not models:
+            raise ValueError(
+                f"quantize: got {how!r}, allowed is None where no whole model is replaced; level "
+                "'fast' does that, of class-conditional DiTs"
+            )
+        for model in models.values():
+            native.quantize(model, how)
+    except ValueError:
+        handle.undo()
+        raise
+    handle.sites = tuple(
+        replace(site, ops=f"{site.ops}; on CPUs one call in {how}")
+        if site.name in models and site.rule == MODEL.name
+        else site
+        for site in handle.sites
+    )
 
 
 def unpatch(model: nn.Module) -> None:
@@ -251,14 +282,16 @@ def unpatch(model: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def patched(model: nn.Module, level: str = "exact", *, verify: bool = True) -> Iterator[Handle]:
+def patched(
+    model: nn.Module, level: str = "exact", *, verify: bool = True, quantize: str | None = None
+) -> Iterator[Handle]:
     """`patch` inside the block, `undo` at its end.
 
     Example:
         >>> with fastdit.patched(model, level="fast") as handle:
         ...     samples = sample(model)
     """
-    handle = patch(model, level, verify=verify)
+    handle = patch(model, level, verify=verify, quantize=quantize)
     try:
         yield handle
     finally:

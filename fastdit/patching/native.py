@@ -72,11 +72,30 @@ def _identity(model: nn.Module) -> list[tuple[str, int]]:
 
 def _run_of(model: nn.Module) -> NativeForward | None:
     """The model's compiled forward, made anew where a parameter is another one now."""
-    known, now = _runs.get(model), _identity(model)
+    quantize = getattr(own_forward(model), "quantize", None)
+    known, now = _runs.get(model), (quantize, _identity(model))
     if known is None or known[0] != now:
         shadow = _shadow(model)
-        known = _runs[model] = now, None if shadow is None else NativeForward(shadow)
+        run = None if shadow is None else NativeForward(shadow, quantize)
+        known = _runs[model] = now, run
     return known[1]
+
+
+def quantize(model: nn.Module, how: str) -> None:
+    """Have a replaced model multiply in 8 bits. The choice stands on the installed forward, so
+    that copies and pickles keep it and `undo` takes it away.
+
+    Raises:
+        ValueError: the compiled forward does not take the model.
+    """
+    if how != "int8":
+        raise ValueError(f"quantize: got {how!r}, allowed is None or 'int8'")
+    if not _to_the_letter(model) or _shadow(model) is None:
+        raise ValueError(
+            f"quantize: got {how!r}, allowed is None for a {type(model).__name__} that is not a "
+            "DiT to the letter"
+        )
+    own_forward(model).quantize = how
 
 
 def _to_the_letter(model: nn.Module) -> bool:

@@ -5,6 +5,8 @@ The bounds are in units in the last place of a tensor's largest entry, float32, 
 
 from __future__ import annotations
 
+import copy
+
 import compare
 import golden
 import pytest
@@ -195,6 +197,36 @@ def test_a_dit_to_the_letter_is_one_compiled_call():
     handle.undo()
     assert compare.ulps(changed, call(model)) <= 2 * OUTPUT_ULPS
     assert not torch.allclose(changed, expected, atol=1e-3)
+
+
+@torch.no_grad()
+def test_eight_bits_are_asked_for_by_name():
+    model = make()
+    call = caller(model)
+    expected = call(model)
+    handle = fastdit.patch(model, "fast", quantize="int8")
+    assert "int8" in str(handle.report())
+    error = (call(model) - expected).norm() / expected.norm()
+    assert 1e-5 < error < 0.02  # eight bits, and not much else
+    twin = copy.deepcopy(model)
+    assert torch.equal(caller(twin)(twin), call(model))
+    handle.undo()
+    assert torch.equal(call(model), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "level", "how", "allowed"),
+    [
+        ("DiT", "fast", "int4", "None or 'int8'"),
+        ("DiT", "exact", "int8", "where no whole model is replaced"),
+        ("LightningDiT", "fast", "int8", "that is not a DiT to the letter"),
+    ],
+)
+def test_eight_bits_that_cannot_be_are_refused(name, level, how, allowed):
+    model = make(name)
+    with pytest.raises(ValueError, match=f"quantize: got '{how}', allowed is .*{allowed}"):
+        fastdit.patch(model, level, quantize=how)
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
 @pytest.mark.parametrize("change", ["eps", "hook", "lora", "act"])
