@@ -367,7 +367,7 @@ def test_wrong_conditions_of_samples_are_named(models):
             fastdit.sample(models[name], classes, steps=2, cfg_scale=1)
 
 
-@pytest.mark.parametrize("name", ["context_everything", "cross_rms_rope"])
+@every
 def test_compiles_whole(models, name):
     torch.compiler.reset()
     model = models[name]
