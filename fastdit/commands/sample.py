@@ -18,6 +18,7 @@ from fastdit import backends, images
 from fastdit.diffusion import SPACINGS
 from fastdit.flow import Transport, create_transport, load_transport
 from fastdit.flow import sampling as flow_sampling
+from fastdit.model import DiT
 from fastdit.sampler import PRESETS
 from fastdit.sampling import SOLVERS, sample
 
@@ -41,12 +42,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     add = parser.add_argument
     add("--ckpt", required=True, help="file, folder or hub id; 'digits', 'digits-flow': shipped")
-    add("--classes", type=class_list, required=True, help="labels, such as 207,360")
+    add("--classes", type=class_list, help="labels, such as 207,360")
     add("--per-class", type=int, default=1, help="samples of each class (default 1)")
+    add("--count", type=int, help="samples of a model without classes (default 1)")
     add("--quality", choices=PRESETS, help="solver, steps and more where they are not given")
     add("--steps", type=int, help="denoising steps (default 250)")
     add("--spacing", choices=SPACINGS, help="of the timesteps (default uniform)")
-    add("--cfg-scale", type=float, default=4.0, help="guidance, 1 is none (default 4)")
+    add("--cfg-scale", type=float, help="guidance, 1 is none (default 4 where the model has it)")
     add("--guided-channels", type=int, help="channels guided (default: 3 at most, as published)")
     add("--objective", choices=("diffusion", "flow"), help="default: what the file says, diffusion")
     add("--guidance-interval", type=float, nargs=2, help="of timesteps, or of a flow's time")
@@ -128,6 +130,22 @@ def write(out: Path, samples: Tensor, labels: list[int], columns: int) -> None:
     images.grid(images.to_uint8(shown), columns, scale=side).save(out)
 
 
+def chosen_labels(args: argparse.Namespace, model: DiT) -> list[int]:
+    """Each sample's label; 0 for those of a model without classes."""
+    if model.design.condition_dim or len(model.input_size) != 2:
+        kind = "takes vectors" if model.design.condition_dim else "makes signals"
+        raise SystemExit(f"--ckpt: the model {kind}; sample it with fastdit.sample")
+    if model.y_embedder is None:
+        if args.classes is not None or args.per_class != 1:
+            raise SystemExit("--classes: the model has none; --count says how many samples")
+        return [0] * (1 if args.count is None else args.count)
+    if args.count is not None:
+        raise SystemExit("--count: the model has classes; say --classes and --per-class")
+    if args.classes is None:
+        raise SystemExit(f"--classes: got none, allowed are labels 0 to {model.num_classes - 1}")
+    return [label for label in args.classes for _ in range(args.per_class)]
+
+
 def described(args: argparse.Namespace, transport: Transport | None) -> str:
     """The sampler, in words."""
     chosen = {"solver": "ddpm" if transport is None else "heun", "steps": 250}
@@ -146,16 +164,19 @@ def run(args: argparse.Namespace) -> None:
     device = next(model.parameters()).device
     latent = model.in_channels not in (1, 3)
     vae = load_vae(args.vae, device) if latent and args.vae != "none" else None
-    labels = [label for label in args.classes for _ in range(args.per_class)]
+    labels = chosen_labels(args, model)
+    unlabelled = model.y_embedder is None
+    scale = args.cfg_scale if args.cfg_scale is not None else 4.0 if model.guidable else 1.0
     size = args.batch_size or len(labels)
     parts = []
     with backends.backend(args.backend):
         for start in range(0, len(labels), size):
+            chunk = labels[start : start + size]
             part = sample(
                 model,
-                labels[start : start + size],
+                len(chunk) if unlabelled else chunk,
                 steps=args.steps,
-                cfg_scale=args.cfg_scale,
+                cfg_scale=scale,
                 solver=args.solver,
                 eta=args.eta,
                 seed=args.seed + start,
