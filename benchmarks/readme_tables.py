@@ -126,7 +126,8 @@ def speed() -> str:
 
 
 def footnote(run: results.Run) -> str:
-    text = "Medians of turns; in brackets the least and the most of the turns' ratios."
+    text = "From `fastdit bench`. Medians of turns; "
+    text += "in brackets the least and the most of the turns' ratios."
     disturbed = sum(r["disturbed"] for r in run["results"])
     return text + f" {disturbed} turns were taken beside other processes." * bool(disturbed)
 
