@@ -3,6 +3,8 @@
 // Between the products the residual stream is read and written by their epilogues alone: `x +=
 // gate·(a·W + bias)` as a tile leaves its registers. What a product costs is then its arithmetic and
 // one pass over its weights. docs/native_forward.md has the figures.
+#include <atomic>
+
 #include "cpu/forward_shared.h"
 
 namespace fastdit {
@@ -51,12 +53,18 @@ void attend(Attention& a, int64_t batch) {
   });
 }
 
+// Samples [begin, end) of a call.
+struct Samples {
+  int64_t begin, end;
+  int64_t count() const { return end - begin; }
+};
+
 // x (B, C, H, W) as rows of patches, channel by channel as a convolution's weight lies.
-void gather_patches(const Dit& d, const Tensor& x, float* to, int64_t stride) {
-  const float* image = static_cast<const float*>(x.data_ptr());
+void gather_patches(const Dit& d, const Tensor& x, Samples samples, float* to, int64_t stride) {
   const int64_t sb = x.stride(0), sc = x.stride(1), sh = x.stride(2), sw = x.stride(3);
-  const int64_t lines = x.size(0) * d.grid_rows();
-  shared(lines, double(x.numel()), [&](int64_t begin, int64_t end) {
+  const float* image = static_cast<const float*>(x.data_ptr()) + samples.begin * sb;
+  const int64_t lines = samples.count() * d.grid_rows();
+  shared(lines, double(lines) * d.grid_columns() * d.patch_size(), [&](int64_t begin, int64_t end) {
     for (int64_t line = begin; line < end; ++line) {
       const float* from = image + line / d.grid_rows() * sb + line % d.grid_rows() * d.patch_rows * sh;
       for (int64_t column = 0; column < d.grid_columns(); ++column) {
@@ -91,10 +99,10 @@ void scatter_pixels(const Dit& d, const float* rows, int64_t stride, int64_t bat
 }
 
 // The modulation rows as padded vectors, each scale as 1 + scale.
-void spread_modulations(const Dit& d, const Tensor& conditioning, float* to) {
-  const int64_t batch = conditioning.size(0), width = padded(d.hidden), count = 6 * d.depth + 2;
-  const float* from = static_cast<const float*>(conditioning.data_ptr());
+void spread_modulations(const Dit& d, const Tensor& conditioning, Samples samples, float* to) {
+  const int64_t batch = samples.count(), width = padded(d.hidden), count = 6 * d.depth + 2;
   const int64_t step = conditioning.stride(0);
+  const float* from = static_cast<const float*>(conditioning.data_ptr()) + samples.begin * step;
   shared(batch * count, double(batch) * count * d.hidden, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t which = item % count;
@@ -178,8 +186,8 @@ struct Forward {
     run(l, g);
   }
 
-  void embed(const Tensor& x) const {
-    gather_patches(d, x, wide(), space.wide_stride);
+  void embed(const Tensor& x, Samples samples) const {
+    gather_patches(d, x, samples, wide(), space.wide_stride);
     Gemm g = gemm(layout.patch, wide(), space.wide_stride, stream(), stride);
     g.bias = nullptr;
     g.epilogue = Epilogue::add;
@@ -201,15 +209,56 @@ struct Forward {
     branch(l[3], wide(), wide_stride, first + 5);
   }
 
-  void finish(float* image) const {
+  void finish(float* image, Samples samples) const {
     const Norm last = norm(6 * d.depth, 6 * d.depth + 1);
     run(layout.last, gemm(layout.last, normed(), stride, wide(), space.wide_stride), &last);
+    image += samples.begin * d.out_channels * d.height * d.width;
     scatter_pixels(d, wide(), space.wide_stride, batch, image);
+  }
+
+  void run(const Tensor& x, const Tensor& conditioning, Samples samples, float* image) const {
+    spread_modulations(d, conditioning, samples, memory + space.modulations);
+    embed(x, samples);
+    for (int64_t i = 0; i < d.depth; ++i) block(i);
+    finish(image, samples);
+  }
+};
+
+// How a batch is shared. As many samples as there are for every thread alike run in jobs, each by
+// one thread from the first layer to the last: nobody waits, and what a thread wrote it finds in its
+// own cache. The rest is shared within each layer. A job reads all the weights, so it needs
+// rows enough for them, or weights that all threads find in the last cache.
+struct Shares {
+  int64_t jobs, alone, together, slots, most;  // samples alone and together; in the largest job
+
+  Shares(const Dit& d, int64_t batch, int64_t group) {
+    constexpr int64_t kRows = 256;  // of a job, whose wide rows stay in the second-level cache
+    constexpr int64_t kFewRows = 64, kCached = 4 << 20;  // floats
+    const int64_t workers = threads(), each = batch / workers;
+    const bool few = each * d.tokens() < kFewRows && PackedLayout(d, group).floats > kCached;
+    alone = few ? 0 : each * workers;
+    together = batch - alone;
+    const int64_t samples = std::max<int64_t>(1, kRows / d.tokens());
+    jobs = alone ? workers * ((each + samples - 1) / samples) : 0;
+    slots = std::max<int64_t>(1, std::min(workers, jobs));
+    most = alone ? (alone + jobs - 1) / jobs : 0;
+  }
+
+  // Workspaces: one for each thread's job, or one for what is shared, after one another.
+  int64_t slot(const Dit& d, int64_t group) const {
+    return (Workspace(d, most, group).floats + 15) / 16 * 16;
+  }
+  int64_t floats(const Dit& d, int64_t group) const {
+    return std::max(slots * slot(d, group), Workspace(d, together, group).floats);
+  }
+  Samples job(int64_t index) const {
+    return {alone * index / jobs, alone * (index + 1) / jobs};
   }
 };
 
 int64_t forward_workspace(std::vector<int64_t> numbers, int64_t batch, bool int8) {
-  return Workspace(dit_of(numbers), batch, group_of(int8)).floats;
+  const Dit d = dit_of(numbers);
+  return Shares(d, batch, group_of(int8)).floats(d, group_of(int8)) + 16;
 }
 
 Tensor forward(const Tensor& x, const Tensor& conditioning, const Tensor& packed,
@@ -225,17 +274,25 @@ Tensor forward(const Tensor& x, const Tensor& conditioning, const Tensor& packed
   const float* weights = floats_of(packed, {PackedLayout(d, group).floats}, "packed");
   STD_TORCH_CHECK(weights[0] == float(panel()) && weights[1] == float(group),
                   "packed: for another instruction set");
-  const int64_t floats = Workspace(d, batch, group).floats;
-  STD_TORCH_CHECK(workspace.numel() >= floats, "workspace: too small");
+  const Shares shares(d, batch, group);
+  STD_TORCH_CHECK(workspace.numel() >= shares.floats(d, group) + 16, "workspace: too small");
   floats_of(workspace, {workspace.numel()}, "workspace");
   Tensor out = empty({batch, d.out_channels, d.height, d.width}, ScalarType::Float);
   if (batch == 0) return out;
+  float* image = static_cast<float*>(out.data_ptr());
   const auto address = reinterpret_cast<uintptr_t>(workspace.data_ptr());
-  const Forward f(d, batch, group, weights, reinterpret_cast<float*>((address + 63) / 64 * 64));
-  spread_modulations(d, conditioning, f.memory + f.space.modulations);
-  f.embed(x);
-  for (int64_t i = 0; i < d.depth; ++i) f.block(i);
-  f.finish(static_cast<float*>(out.data_ptr()));
+  float* memory = reinterpret_cast<float*>((address + 63) / 64 * 64);
+  const auto run = [&](Samples samples, float* space) {
+    if (!samples.count()) return;
+    Forward(d, samples.count(), group, weights, space).run(x, conditioning, samples, image);
+  };
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, shares.slots, 1, [&](int64_t slot, int64_t) {
+    const Alone alone;
+    for (int64_t job; (job = next++) < shares.jobs;)
+      run(shares.job(job), memory + slot * shares.slot(d, group));
+  });
+  run({shares.alone, batch}, memory);
   return out;
 }
 
