@@ -226,8 +226,11 @@ class Packed:
             *self.modulation,
         )
 
-    def forward(self, x: Tensor, rows: Tensor) -> Tensor:
-        """The model's output for x and its conditioning rows."""
+    def forward(self, x: Tensor, rows: Tensor, seconds: Tensor | None = None) -> Tensor:
+        """The model's output for x and its conditioning rows.
+
+        `seconds`, if given, `(threads, 8)` in float64: each thread's processor time in each part is
+        added to it."""
         ops, batch = torch.ops.fastdit_native, x.shape[0]
         # Taken out while it is in use: a second thread makes its own.
         key = batch, torch.get_num_threads()
@@ -237,6 +240,6 @@ class Packed:
             self.workspaces.clear()
         rows = rows if rows.stride(1) == 1 else rows.contiguous()
         x = x.unsqueeze(2) if self.signal else x
-        out = ops.forward(x, rows, self.weights, workspace, self.dit, self.int8)
+        out = ops.forward(x, rows, self.weights, workspace, self.dit, self.int8, seconds)
         self.workspaces[key] = workspace
         return out.squeeze(2) if self.signal else out
