@@ -102,7 +102,5 @@ def patch_embed(
     Source: Dosovitskiy et al. 2020, equation 1; the published `x_embedder(x) + pos_embed`.
     """
     if isinstance(x, Tensor) and _checks.autocast_dtype(x) is None:
-        tokens = _patch_embed.unchecked(x, weight, bias, pos)
-        if tokens is not None:
-            return tokens
+        return _patch_embed.checked(x, weight, bias, pos)
     return _patch_embed(*_arguments(x, weight, bias, pos))
