@@ -116,4 +116,6 @@ def adaln(
     """
     args = x, shift, scale, weight, bias, eps, norm, plus_one
     out = None if is_dynamo_compiling() else direct_calls["adaln"](*args)
-    return _adaln.checked(*args) if out is None else out
+    if out is None or out is NotImplemented:
+        return _adaln.checked(*args, known=out is not None)
+    return out

@@ -69,4 +69,6 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     Source: Hendrycks & Gimpel 2016; `nn.GELU(approximate="tanh")` of the published MLP.
     """
     out = None if is_dynamo_compiling() else direct_calls["bias_gelu"](x, bias)
-    return _bias_gelu.checked(x, bias) if out is None else out
+    if out is None or out is NotImplemented:
+        return _bias_gelu.checked(x, bias, known=out is not None)
+    return out

@@ -115,4 +115,6 @@ def gated_adaln(
     """
     args = x, y, gate, shift, scale, weight, bias, eps, norm, plus_one
     results = None if is_dynamo_compiling() else direct_calls["gated_adaln"](*args)
-    return _gated_adaln.checked(*args) if results is None else results
+    if results is None or results is NotImplemented:
+        return _gated_adaln.checked(*args, known=results is not None)
+    return results

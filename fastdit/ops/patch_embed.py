@@ -29,7 +29,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, dtokens):
-    mask = list(ctx.needs_input_grad)
+    mask = list(ctx.needs_input_grad[-4:])
     gradients = _patch_embed_backward(dtokens.contiguous(), *ctx.saved_tensors, mask)
     return tuple(g if needed else None for g, needed in zip(gradients, mask, strict=True))
 
