@@ -88,9 +88,8 @@ def ahead(model: Any, x: Tensor, times: Tensor, model_kwargs: dict[str, Any] | N
     if distinct[0] < 0 or distinct[-1] > owner.num_classes - (not owner.guidable):
         return model  # which says what is wrong
     forward = stand_in(owner, None, None)
-    rows = Conditioning(
-        forward, times.to(x.device), Conditions(distinct, places, len(distinct)), BUDGET
-    )
+    given = Conditions(distinct, places, len(distinct))
+    rows = Conditioning(forward, times.to(x.device), given, BUDGET)
     if not rows.steps:
         return model
     run = denoiser(owner, forward, required=False)
