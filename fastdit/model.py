@@ -188,8 +188,8 @@ class DiT(nn.Module):
         """All that x has no part in, `(B, W)`: every layer's modulations, `(6·depth + 2)·D` of them
         in the published design; cross-attention's keys and values; in-context tokens.
 
-        A sampler computes its schedule's rows in one call (without gradients one product, see
-        `fastdit.modulation`) and gives each step its own: `model(x, None, None, conditioning=rows)`.
+        A sampler computes its schedule's rows in one call (one product, see `fastdit.modulation`)
+        and gives each step its own: `model(x, None, None, conditioning=rows)`.
         """
         c = self.condition(t, y, force_drop_ids)
         if self.design.modulated:
