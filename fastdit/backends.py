@@ -243,6 +243,22 @@ def devices() -> tuple[str, ...]:
     return ("cpu",) if accelerator is None else ("cpu", accelerator.type)
 
 
+def checked_device(device: torch.device | str) -> torch.device:
+    """The device of this name, if this machine can compute on it; meta too.
+
+    Raises:
+        ValueError: it cannot, or no device has this name.
+    """
+    allowed = (*devices(), "meta")
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        found = None
+    if found is None or found.type not in allowed:
+        raise ValueError(f"device: got {str(device)!r}, allowed is {', '.join(allowed)}")
+    return found
+
+
 def explain(op: str | None = None, *args: Any, **kwargs: Any) -> Explanation:
     """Tell what would run, without running it.
 

@@ -54,7 +54,11 @@ def stride_unit(*heads: Tensor) -> int:
 @dataclass(frozen=True)
 class Tile:
     """One row of a table of heuristics: for heads of up to `head_dim` channels and samples of up
-    to `tokens`."""
+    to `tokens`.
+
+    Left to itself, ptxas spills a few registers to reach the next occupancy; `max_registers` tells
+    it not to. AMD's compiler takes no limit.
+    """
 
     head_dim: int
     block_m: int
@@ -62,6 +66,7 @@ class Tile:
     num_warps: int
     num_stages: int
     tokens: float = math.inf
+    max_registers: int | None = None
 
 
 Table = Mapping[str, tuple[Tile, ...]]
@@ -99,6 +104,7 @@ def launch_tile(
 
 def kernel_options(tile: Tile, tokens: int, head_dim: int, unit: int, scale: float) -> dict:
     """What every kernel takes by name."""
+    limit = {} if tile.max_registers is None else {"maxnreg": tile.max_registers}
     return {
         "HEAD_DIM": head_dim,
         "PARTS": parts_of(head_dim),
@@ -109,6 +115,7 @@ def kernel_options(tile: Tile, tokens: int, head_dim: int, unit: int, scale: flo
         "FLIP": scale < 0,
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
+        **limit,
     }
 
 

@@ -5,8 +5,8 @@
 
 A list is a module `tests/kernels/mutations_*.py` with
 
-    TESTS: str | tuple[str, ...]                   # the test files that must fail
-    MUTATIONS: list[tuple[str, str, str]]          # file, text that occurs in it once, replacement
+    TESTS: dict[str, tuple[str, ...]]      # of each file, the test files that must fail
+    MUTATIONS: list[tuple[str, str, str]]  # file, text that occurs in it once, replacement
 
 All paths are relative to the repository. Each mutation is applied to a copy of the repository in a
 temporary directory, where its tests run until the first failure; first of all they run unbroken.
@@ -62,11 +62,6 @@ class Mutation:
         path.write_text(before.replace(self.old, self.new))
         return before
 
-    def ordered_tests(self) -> list[str]:
-        """The tests of the changed file first: they are the likeliest to fail."""
-        own = f"test_{Path(self.file).stem}.py"
-        return sorted(self.tests, key=lambda test: Path(test).name != own)
-
 
 def mutations(path: Path) -> list[Mutation]:
     """The mutations of one list."""
@@ -75,8 +70,7 @@ def mutations(path: Path) -> list[Mutation]:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    tests = (module.TESTS,) if isinstance(module.TESTS, str) else tuple(module.TESTS)
-    return [Mutation(file, old, new, tests) for file, old, new in module.MUTATIONS]
+    return [Mutation(*change, tests=module.TESTS[change[0]]) for change in module.MUTATIONS]
 
 
 def copy_of_the_tree(to: Path) -> None:
@@ -127,11 +121,13 @@ def main(argv: list[str] | None = None) -> int:
             return 1
         for mutation in tqdm(todo, unit="mutation"):
             before = mutation.apply(root)
-            status, line = run_tests(root, mutation.ordered_tests())
+            status, line = run_tests(root, list(mutation.tests))
             (root / mutation.file).write_text(before)
             killed = status in KILLED
             bad += not killed
             result = "killed" if killed else "SURVIVED" if status == 0 else f"BROKEN: {line}"
+            if not killed:
+                tqdm.write(f"{result} {mutation.file}: {mutation.old} → {mutation.new}")
             table.add_row(mutation.file, f"{mutation.old}\n→ {mutation.new}", result)
     Console().print(table)
     print(f"{len(todo) - bad} of {len(todo)} killed")
