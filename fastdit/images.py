@@ -10,6 +10,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from fastdit.checkpoint_files import atomic_write
+
 _LABEL_WIDTH, _LABEL_HEIGHT = 34, 20
 _GAP = 2
 
@@ -66,6 +68,19 @@ def grid(
     return canvas
 
 
+def save(picture: Image.Image, path: str | Path) -> None:
+    """A picture as a file, whole or not at all; a PNG unless the name says otherwise."""
+    kind = Image.registered_extensions().get(Path(path).suffix.lower(), "PNG")
+    atomic_write(path, lambda temporary: picture.save(temporary, format=kind))
+
+
 def save_npz(path: str | Path, pixels: np.ndarray, labels: Sequence[int]) -> None:
-    """The ADM evaluator's layout: `arr_0` the images `(B, H, W, 3)` uint8, `arr_1` their labels."""
-    np.savez(path, arr_0=pixels, arr_1=np.asarray(labels, dtype=np.int64))
+    """The ADM evaluator's layout: `arr_0` the images `(B, H, W, 3)` uint8, `arr_1` their labels;
+    written whole or not at all."""
+    arrays = {"arr_0": pixels, "arr_1": np.asarray(labels, dtype=np.int64)}
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as file:  # given a path, numpy would append .npz to it
+            np.savez(file, **arrays)
+
+    atomic_write(path, write)

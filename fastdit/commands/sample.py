@@ -17,7 +17,6 @@ from torch import Tensor
 from fastdit import backends, images
 from fastdit.diffusion import SPACINGS
 from fastdit.flow import Transport, create_transport, load_transport
-from fastdit.flow import sampling as flow_sampling
 from fastdit.model import DiT
 from fastdit.sampler import PRESETS
 from fastdit.sampling import SOLVERS, sample
@@ -52,8 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--guided-channels", type=int, help="channels guided (default: 3 at most, as published)")
     add("--objective", choices=("diffusion", "flow"), help="default: what the file says, diffusion")
     add("--guidance-interval", type=float, nargs=2, help="of timesteps, or of a flow's time")
-    every = (*SOLVERS, *flow_sampling.SOLVERS)
-    add("--solver", choices=every, help="default ddpm; of a flow heun")
+    add("--solver", choices=SOLVERS, help="default ddpm; of a flow heun")
     add("--eta", type=float, default=0.0, help="DDIM's noise (default 0)")
     add("--seed", type=int, default=0, help="default 0")
     add("--batch-size", type=int, help="samples at once (default: all, as published)")
