@@ -1,9 +1,8 @@
-"""Samples as pictures: pixels from [-1, 1], labelled grids, and the files people exchange."""
+"""Samples as pictures: pixels from [-1, 1], and labelled grids."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -64,8 +63,3 @@ def grid(
         middle = (left + _GAP + column * (width + _GAP) + width // 2, top // 2)
         draw.text(middle, label, fill="black", font=small, anchor="mm")
     return canvas
-
-
-def save_npz(path: str | Path, pixels: np.ndarray, labels: Sequence[int]) -> None:
-    """The ADM evaluator's layout: `arr_0` the images `(B, H, W, 3)` uint8, `arr_1` their labels."""
-    np.savez(path, arr_0=pixels, arr_1=np.asarray(labels, dtype=np.int64))
