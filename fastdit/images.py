@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from fastdit.checkpoint_files import atomic_write
 
 _LABEL_WIDTH, _LABEL_HEIGHT = 34, 20
 _GAP = 2
@@ -63,3 +66,9 @@ def grid(
         middle = (left + _GAP + column * (width + _GAP) + width // 2, top // 2)
         draw.text(middle, label, fill="black", font=small, anchor="mm")
     return canvas
+
+
+def save(picture: Image.Image, path: str | Path) -> None:
+    """A picture as a file, whole or not at all; a PNG unless the name says otherwise."""
+    kind = Image.registered_extensions().get(Path(path).suffix.lower(), "PNG")
+    atomic_write(path, lambda temporary: picture.save(temporary, format=kind))

@@ -40,7 +40,7 @@ def write(out: Path, samples: Tensor, conditions: Tensor, columns: int, rate: in
     if out.suffix == ".png":
         signals = samples.dim() == 3
         picture = plots(samples, columns) if signals else grid(samples, columns)
-        atomic_write(out, lambda path: picture.save(path, format="png"))
+        images.save(picture, out)
     elif out.suffix == ".npy":
         atomic_write(out, lambda path: _to_file(path, np.save, samples.numpy()))
     else:
