@@ -19,14 +19,10 @@ import torch
 from torch import Tensor
 
 from fastdit import ops
+from fastdit.diffusers_schedule import ALLOWED, betas, spaced
 from fastdit.diffusion import tables
 from fastdit.diffusion.kinds import ModelMeanType, ModelVarType
-from fastdit.diffusion.schedules import (
-    NoiseLevels,
-    named_betas,
-    respaced_betas,
-    space_timesteps,
-)
+from fastdit.diffusion.schedules import NoiseLevels, respaced_betas
 from fastdit.ops._checks import fail
 from fastdit.reference import TABLE_COLUMNS
 
@@ -38,18 +34,6 @@ try:
 except ImportError as error:
     raise ImportError("fastdit.diffusers needs diffusers: pip install 'fastdit[vae]'") from error
 
-ALLOWED = {
-    "solver": ("ddim", "ddpm", "dpm++"),
-    "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
-    "prediction_type": ("epsilon", "sample", "v_prediction"),
-    "variance_type": ("fixed_small", "fixed_large", "learned_range"),
-    "timestep_spacing": ("leading", "trailing", "linspace", "published"),
-    "solver_order": (1, 2),
-    "final_sigmas_type": ("zero",),
-    "thresholding": (False,),
-    "rescale_betas_zero_snr": (False,),
-    "use_karras_sigmas": (False, None),
-}
 VARIANCES = {
     "fixed_small": ModelVarType.FIXED_SMALL,
     "fixed_large": ModelVarType.FIXED_LARGE,
@@ -69,8 +53,7 @@ class Scheduler(SchedulerMixin, ConfigMixin):
     """DDIM, DDPM or DPM-Solver++ for any pipeline of diffusers that predicts ε, x0 or v.
 
     Reads the configs of DDIMScheduler, DDPMScheduler and DPMSolverMultistepScheduler and gives
-    their samples; `solver` chooses, whatever the config was of. With `clip_sample`, DDIM derives ε
-    from the clipped x0, as published (diffusers: `use_clipped_model_output=True`).
+    their samples; `solver` chooses, whatever the config was of.
 
     Args:
         num_train_timesteps: T, the length of the training schedule.
@@ -126,7 +109,7 @@ class Scheduler(SchedulerMixin, ConfigMixin):
         for name, allowed in ALLOWED.items():
             if self.config[name] not in allowed:
                 fail(name, repr(self.config[name]), ", ".join(map(repr, allowed)))
-        self._betas = self._named_betas()
+        self._betas = betas(self.config)
         self.betas = torch.from_numpy(self._betas).float()
         self.alphas = 1.0 - self.betas
         self._alphas_cumprod = np.cumprod(1.0 - self._betas)
@@ -135,18 +118,16 @@ class Scheduler(SchedulerMixin, ConfigMixin):
         self.num_inference_steps: int | None = None
         self._schedule(np.arange(num_train_timesteps)[::-1].copy(), None)
 
-    def _named_betas(self) -> np.ndarray:
-        config = self.config
-        steps, ends = config.num_train_timesteps, (config.beta_start, config.beta_end)
-        if config.trained_betas is not None:
-            if len(config.trained_betas) != steps:
-                fail("trained_betas", f"{len(config.trained_betas)} of them", f"{steps}")
-            return np.asarray(config.trained_betas, dtype=np.float64)
-        if config.beta_schedule == "linear":
-            return np.linspace(*ends, steps, dtype=np.float64)
-        if config.beta_schedule == "scaled_linear":
-            return np.linspace(*np.sqrt(ends), steps, dtype=np.float64) ** 2
-        return named_betas("squaredcos_cap_v2", steps)
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Another scheduler's config with what it left at its own defaults, on which its samples
+        depend; diffusers takes the new class's for these."""
+        given = {
+            name: value
+            for name, value in config_dict.items()
+            if name != "_use_default_values" and value is not None
+        }
+        return super().extract_init_dict(given, **kwargs)
 
     def set_timesteps(
         self,
@@ -171,29 +152,13 @@ class Scheduler(SchedulerMixin, ConfigMixin):
         if timesteps is None:
             if not 1 <= num_inference_steps <= total:
                 fail("num_inference_steps", num_inference_steps, f"1 to {total}")
-            chosen = self._spaced(num_inference_steps)
+            chosen = spaced(self.config, num_inference_steps)
         else:
             chosen = np.array(timesteps, dtype=np.int64)
         if not (np.diff(chosen) < 0).all() or not 0 <= chosen[-1] <= chosen[0] < total:
             fail("timesteps", chosen.tolist(), f"falling ints from {total - 1} to 0")
         self.num_inference_steps = len(chosen)
         self._schedule(chosen, device)
-
-    def _spaced(self, count: int) -> np.ndarray:
-        """`count` falling timesteps, as the scheduler of diffusers with this solver has them."""
-        total, spacing = self.config.num_train_timesteps, self.config.timestep_spacing
-        if spacing == "published":
-            return np.array(sorted(space_timesteps(total, str(count)), reverse=True))
-        # Diffusers' DPM-Solver++ divides into one more and leaves out the lowest.
-        extra = int(self.config.solver == "dpm++")
-        if spacing == "trailing":
-            return np.round(np.arange(total, 0, -total / count))[:count].astype(np.int64) - 1
-        if spacing == "linspace":
-            points = np.linspace(0, total - 1, count + extra).round().astype(np.int64)
-        else:
-            stride = total // (count + extra)
-            points = np.arange(count + extra) * stride + self.config.steps_offset
-        return points[extra:][::-1].copy()
 
     def _schedule(self, timesteps: np.ndarray, device: str | torch.device | None) -> None:
         """Noise levels at these timesteps; the row of each of the T in the tables, -1 for none."""
@@ -224,12 +189,15 @@ class Scheduler(SchedulerMixin, ConfigMixin):
         return table
 
     def _at(self, device: torch.device, name: str, eta: float = 0.0, order: int = 1) -> Tensor:
-        """A table, or the map from timesteps to rows, kept on the device."""
+        """A table, √ᾱ of the rows' next timesteps, or the map from timesteps to rows, on a device
+        and kept there."""
         key = (device, name, eta, order)
         if key not in self._on_device:
             found = self._rows
             if name == "table":
                 found = torch.from_numpy(self._table(eta, order)).float()
+            elif name == "signal":
+                found = torch.from_numpy(np.sqrt(self._levels.alphas_cumprod_prev)).float()
             self._on_device[key] = found.to(device)
         return self._on_device[key]
 
@@ -243,6 +211,7 @@ class Scheduler(SchedulerMixin, ConfigMixin):
         timestep: int | Tensor,
         sample: Tensor,
         eta: float = 0.0,
+        use_clipped_model_output: bool = False,
         generator: torch.Generator | list[torch.Generator] | None = None,
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
@@ -255,6 +224,8 @@ class Scheduler(SchedulerMixin, ConfigMixin):
             timestep: one of `timesteps`, an int or a tensor `()`, on any device.
             sample: `(B, C, ...)`, x_t.
             eta: DDIM's share of noise, 0 to 1.
+            use_clipped_model_output: with `clip_sample`, have DDIM derive ε from the clipped x0,
+                as published, in one op; False leaves ε what the model said, as diffusers does.
             generator: of the noise, one or one for each sample.
             variance_noise: the noise, instead.
             return_dict: a `SchedulerOutput`, or a tuple.
@@ -272,6 +243,8 @@ class Scheduler(SchedulerMixin, ConfigMixin):
         else:
             row = torch.full((), known, dtype=torch.int64, device=sample.device)
         learned = self.config.solver == "ddpm" and self.config.variance_type == "learned_range"
+        clip = self.config.clip_sample_range if self.config.clip_sample else None
+        later = clip is not None and self.config.solver == "ddim" and not use_clipped_model_output
         x, x0 = ops.diffusion_step(
             sample,
             model_output,
@@ -279,12 +252,21 @@ class Scheduler(SchedulerMixin, ConfigMixin):
             row,
             noise=self._noise(sample, eta, known, generator, variance_noise),
             x0_previous=self._previous[1] if order == 2 else None,
-            clip=self.config.clip_sample_range if self.config.clip_sample else None,
+            clip=None if later else clip,
             learned_range=learned,
         )
+        if later:
+            x, x0 = self._clipped(x, x0, row)
         if self.config.solver == "dpm++":
             self._previous = (known if known is not None else -1), x0
         return SchedulerOutput(x, x0) if return_dict else (x, x0)
+
+    def _clipped(self, x: Tensor, x0: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
+        """Clip x0 and leave ε: x, which is √ᾱ·x0 and a share of ε, changes by √ᾱ of x0's change."""
+        limit = self.config.clip_sample_range
+        clipped = x0.clamp(-limit, limit)
+        signal = self._at(x.device, "signal").index_select(0, row.reshape(1)).to(x.dtype)
+        return x + signal * (clipped - x0), clipped
 
     def _known_row(self, timestep: int | Tensor) -> int | None:
         """The table's row, where it can be told without waiting for a device."""

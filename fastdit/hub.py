@@ -22,7 +22,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastdit.checkpoint_files import atomic_write
-from fastdit.patching import probe, published
+from fastdit.patching import diffusers_basic, probe, published
 from fastdit.patching.rules import Rule
 from fastdit.patching.table import RULES
 
@@ -45,22 +45,23 @@ def _layer(name: str, forward: Callable[..., Any]) -> type[nn.Module]:
     return type(name, (nn.Module,), members)
 
 
-_PUBLISHED = {
-    "DiTBlock": (published.BLOCK, _block),
-    "SiTBlock": (published.BLOCK, _block),
-    "LightningDiTBlock": (published.BLOCK, published.block),
-    "FinalLayer": (published.FINAL_LAYER, published.final_layer),
-    "Mlp": (published.MLP, published.mlp),
+_LAYERS: dict[str, tuple[tuple[Rule, ...], Callable[..., Any]]] = {
+    "DiTBlock": ((published.BLOCK,), _block),
+    "SiTBlock": ((published.BLOCK,), _block),
+    "LightningDiTBlock": ((published.BLOCK,), published.block),
+    "FinalLayer": ((published.FINAL_LAYER,), published.final_layer),
+    "Mlp": ((published.MLP,), published.mlp),
+    "BasicTransformerBlock": (diffusers_basic.RULES, diffusers_basic.block),
+    **{
+        name: ((rule,), rule.forward)
+        for rule in RULES
+        for name in getattr(rule.recognises, "names", ())
+        if rule.level == "exact"
+    },
 }
-_NAMED = {
-    name: (rule, rule.forward)
-    for rule in RULES
-    for name in getattr(rule.recognises, "names", ())
-    if rule.level == "exact"
-}
-RULE_OF: dict[str, Rule] = {name: rule for name, (rule, _) in {**_PUBLISHED, **_NAMED}.items()}
+RULES_OF = {name: rules for name, (rules, _) in _LAYERS.items()}
 LAYERS: dict[str, type[nn.Module]] = {
-    name: _layer(name, forward) for name, (_, forward) in {**_PUBLISHED, **_NAMED}.items()
+    name: _layer(name, forward) for name, (_, forward) in _LAYERS.items()
 }
 """Every layer by the name of the class that it replaces."""
 
@@ -105,19 +106,21 @@ def extend(model: nn.Module) -> set[str]:
 
     found = {type(m) for m in model.modules() if type(m).__name__ in LAYERS}
     for cls in found:
-        rule = RULE_OF[cls.__name__]
-        replace_kernel_forward_from_hub(cls, cls.__name__, condition=_condition(rule))
+        condition = _condition(RULES_OF[cls.__name__])
+        replace_kernel_forward_from_hub(cls, cls.__name__, condition=condition)
     return {cls.__name__ for cls in found}
 
 
-def _condition(rule: Rule) -> Callable[[nn.Module], bool]:
+def _condition(rules: tuple[Rule, ...]) -> Callable[[nn.Module], bool]:
     proofs: dict[Any, bool] = {}
 
     def replaceable(module: nn.Module) -> bool:
+        rule = next((rule for rule in rules if rule.recognises(module)), None)
+        if rule is None or rule.refuses(module) is not None:
+            return False
         key = probe.kind(rule, module)
         if key not in proofs:
-            unfit = not rule.recognises(module) or rule.refuses(module) is not None
-            proofs[key] = not unfit and probe.disproof(rule, module) is None
+            proofs[key] = probe.disproof(rule, module) is None
         return proofs[key]
 
     return replaceable

@@ -3,30 +3,27 @@
     samples = fastdit.sample(model, [207, 360], steps=50, solver="dpm++", seed=0)
 
 Draws what the published `sample.py` draws: start noise for B samples, both halves of a guided
-batch starting from it, and noise for 2B rows at every step. A seed gives its samples.
+batch starting from it, and noise for 2B rows at every step that has noise. A seed gives its
+samples.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastdit.flow import Guidance, Transport
-from fastdit.flow import sampling as flow_sampling
+from fastdit import flow
+from fastdit.flow import ODE, SDE, Guidance, Transport
 from fastdit.model import DiT
-from fastdit.sampler import DIFFUSION_SOLVERS, Preview, Sampler
+from fastdit.ops._checks import fail
+from fastdit.sampler import DIFFUSION_SOLVERS, FLOW_SOLVERS, Sampler
 from fastdit.sampler.conditions import Classes, given_conditions
 
-SOLVERS = DIFFUSION_SOLVERS
+SOLVERS = (*DIFFUSION_SOLVERS, *FLOW_SOLVERS, "dopri5")
 Observer = Callable[[float, Tensor, Tensor], None]
-
-
-def _allowed(name: str, got: object, allowed: str) -> ValueError:
-    return ValueError(f"{name}: got {got!r}, allowed is {allowed}")
 
 
 @contextlib.contextmanager
@@ -41,14 +38,13 @@ def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
         yield
 
 
-@torch.no_grad()
 def sample(
     model: DiT,
     classes: Classes,
     *,
     steps: int | None = None,
     cfg_scale: float = 4.0,
-    solver: str | None = None,
+    solver: str | ODE | SDE | None = None,
     eta: float = 0.0,
     seed: int | None = None,
     guided_channels: int | None = None,
@@ -73,8 +69,9 @@ def sample(
         steps: denoising steps (default 250), spread over the 1000 of training.
         cfg_scale: classifier-free guidance; 1 is none and runs the model on B rows instead of 2B.
         solver: `"ddpm"` (ancestral, the default), `"ddim"` or `"dpm++"` (DPM-Solver++(2M),
-            deterministic); with a transport `"heun"` (the default), `"euler"`, `"dopri5"` or
-            `"sde"`, see `fastdit.flow.sampling`.
+            deterministic); with a transport `"heun"` (the default), `"euler"`, `"sde"`,
+            `"sde_heun"`, a `fastdit.flow.ODE` or `SDE`, or the adaptive `"dopri5"`, which takes the
+            steps that its tolerances want.
         eta: DDIM's noise; 0 is deterministic. Only with `solver="ddim"`.
         seed: of all draws; None continues torch's generator.
         guided_channels: as in `DiT.forward_with_cfg`; None guides at most 3 of the latent's
@@ -84,10 +81,10 @@ def sample(
         transport: of a model trained by flow matching, what it was trained with.
         guidance_interval: the timesteps between which to guide; with a transport, the times in
             [0, 1], from noise to data.
-        quality, spacing, chunk, graph, native, quantize: see `fastdit.Sampler`; without a
-            transport. With `chunk` each chunk draws as a call of its own.
-        observe: called after each step (each call of a flow's model) with the time that the model
-            was given, its x, and the data that it predicts, both `(B, C, H, W)`.
+        quality, spacing, chunk, graph, native, quantize: see `fastdit.Sampler`; none of them with
+            `"dopri5"`. With `chunk` each chunk draws as a call of its own.
+        observe: called after each step with the time that the model was given last, its x, and the
+            data that it predicted, both `(B, C, H, W)`; of each chunk.
 
     Returns:
         `(B, C, *size)` samples in the model's dtype.
@@ -96,38 +93,27 @@ def sample(
         ValueError: a label the model does not have, an unknown solver, or guidance of a model
             that has no null class.
 
-    Source: Peebles & Xie 2022; Song et al. 2021; Lu et al. 2022.
+    Source: Peebles & Xie 2022; Song et al. 2021; Lu et al. 2022; Ma et al. 2024.
     """
-    if transport is not None:
-        return _flow(
-            model,
-            classes,
-            transport,
-            steps=250 if steps is None else steps,
-            cfg_scale=cfg_scale,
-            solver=solver or "heun",
-            eta=eta,
-            seed=seed,
-            guided_channels=guided_channels,
-            clip_denoised=clip_denoised,
-            progress=progress,
-            guidance_interval=(0.0, 1.0) if guidance_interval is None else guidance_interval,
-            observe=observe,
-            others={
-                "quality": quality,
-                "spacing": spacing,
-                "chunk": chunk,
-                "graph": graph,
-                "native": native,
-                "quantize": quantize,
-            },
-        )
+    device = next(model.parameters()).device
+    if transport is not None and solver == "dopri5":
+        given = {"steps": steps, "eta": eta, "clip_denoised": clip_denoised}
+        given |= {"quality": quality, "spacing": spacing, "chunk": chunk, "graph": graph}
+        given |= {"native": native, "quantize": quantize, "observe": observe}
+        for name, value in given.items():
+            if value:
+                fail(name, repr(value), "none with solver='dopri5'")
+        with _seeded(seed, device):
+            return _adaptive(
+                model, classes, transport, cfg_scale, guided_channels, guidance_interval
+            )
     sampler = Sampler(
         model,
         quality=quality,
         solver=solver,
         steps=steps,
         spacing=spacing,
+        transport=transport,
         eta=eta,
         cfg_scale=cfg_scale,
         guided_channels=guided_channels,
@@ -138,69 +124,30 @@ def sample(
         native=native,
         quantize=quantize,
     )
-    device = next(model.parameters()).device
+    told = None if observe is None else lambda p: observe(p.time, p.seen, p.x0)
     with _seeded(seed, device):
-        if observe is None:
-            return sampler(classes, progress=progress)
-        return _observed(sampler, classes, progress, observe)
+        return sampler(classes, progress=progress, callback=told)
 
 
-def _observed(sampler: Sampler, classes: Classes, progress: bool, observe: Observer) -> Tensor:
-    """A run whose steps are told to `observe` with the x that the model saw."""
-    _y, count = given_conditions(sampler.model, classes)
-    x = sampler.start_noise(count)
-    times = sampler.plan.times
-
-    def tell(preview: Preview) -> None:
-        nonlocal x
-        observe(float(times[preview.step]), x[preview.samples], preview.x0)
-        x = torch.cat([x[: preview.samples.start], preview.x, x[preview.samples.stop :]])
-
-    return sampler(classes, noise=x, progress=progress, callback=tell)
-
-
-def _flow(
+def _adaptive(
     model: DiT,
     classes: Classes,
     transport: Transport,
-    *,
-    steps: int,
     cfg_scale: float,
-    solver: str,
-    eta: float,
-    seed: int | None,
     guided_channels: int | None,
-    clip_denoised: bool,
-    progress: bool,
-    guidance_interval: tuple[float, float],
-    observe: Observer | None,
-    others: dict[str, Any],
+    interval: tuple[float, float] | None,
 ) -> Tensor:
-    """Samples of a flow."""
-    if clip_denoised:
-        raise _allowed("clip_denoised", clip_denoised, "False with a transport")
-    if eta:
-        raise _allowed("eta", eta, f"0 with solver={solver!r}")
-    for name, value in others.items():
-        if value is not None:
-            raise _allowed(name, value, "None with a transport; fastdit.Sampler takes both")
+    """Samples of a flow by torchdiffeq's dopri5."""
     if cfg_scale != 1 and not model.guidable:
-        raise _allowed("cfg_scale", cfg_scale, "1 for a model without a null class")
+        fail("cfg_scale", cfg_scale, "1 for a model without a null class")
     parameter = next(model.parameters())
     y, count = given_conditions(model, classes)
-    channels = min(3, model.in_channels) if guided_channels is None else guided_channels
-    guidance = Guidance(cfg_scale, guidance_interval, channels)
-    with _seeded(seed, parameter.device):
-        shape = (count, model.in_channels, *model.input_size)
-        z = torch.randn(*shape, device=parameter.device).to(parameter.dtype)
-        return flow_sampling.draw(
-            transport,
-            model,
-            z,
-            None if y is None else y.to(parameter.device),
-            steps=steps,
-            solver=solver,
-            guidance=guidance if cfg_scale != 1 else None,
-            progress=progress,
-            observe=observe,
-        )
+    z = torch.randn((count, model.in_channels, *model.input_size), device=parameter.device)
+    guidance = Guidance(
+        cfg_scale,
+        (0.0, 1.0) if interval is None else interval,
+        min(3, model.in_channels) if guided_channels is None else guided_channels,
+    )
+    draw = flow.Sampler(transport).sample_ode(num_steps=2, guidance=guidance)
+    kwargs = {} if y is None else {"y": y.to(parameter.device)}
+    return draw(z.to(parameter.dtype), model, **kwargs)[-1]

@@ -54,7 +54,11 @@ def stride_unit(*heads: Tensor) -> int:
 @dataclass(frozen=True)
 class Tile:
     """One row of a table of heuristics: for heads of up to `head_dim` channels and samples of up
-    to `tokens`."""
+    to `tokens`.
+
+    Left to itself, ptxas spills a few registers to reach the next occupancy; `max_registers` tells
+    it not to. AMD's compiler takes no limit.
+    """
 
     head_dim: int
     block_m: int
@@ -62,6 +66,7 @@ class Tile:
     num_warps: int
     num_stages: int
     tokens: float = math.inf
+    max_registers: int | None = None
 
 
 Table = Mapping[str, tuple[Tile, ...]]
@@ -91,14 +96,18 @@ def launch_tile(
     """Launch with the first row that fits, of `half` for 16-bit and of `single` for 32-bit numbers,
     or, where autotuning is on, with the fastest row of any family."""
     table, tokens = half if qkv.element_size() == 2 else single, qkv.shape[1]
-    default = fitting(table, family_of(launch.arch_of(qkv.device)), head_dim, tokens)
+    family = family_of(launch.arch_of(qkv.device))
+    default = fitting(table, family, head_dim, tokens)
     candidates = [row for rows in table.values() for row in rows] if tuning.enabled() else []
+    if family == "gfx942":
+        candidates = [row for row in candidates if row.max_registers is None]
     key = (tuning.shape_class(tokens), head_dim, qkv.dtype)
     run(tuning.choose(op, key, default, candidates, run))
 
 
 def kernel_options(tile: Tile, tokens: int, head_dim: int, unit: int, scale: float) -> dict:
     """What every kernel takes by name."""
+    limit = {} if tile.max_registers is None else {"maxnreg": tile.max_registers}
     return {
         "HEAD_DIM": head_dim,
         "PARTS": parts_of(head_dim),
@@ -109,6 +118,7 @@ def kernel_options(tile: Tile, tokens: int, head_dim: int, unit: int, scale: flo
         "FLIP": scale < 0,
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
+        **limit,
     }
 
 

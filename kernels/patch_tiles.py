@@ -65,6 +65,12 @@ def load_tile(base_ptr, row, column, rows, width):
     return tl.load(base_ptr + at, mask=mask, other=0.0)
 
 
+def strides_of(image: Tensor) -> tuple[int, ...]:
+    """Of sample, channel, row and column; a 1-D image is one row."""
+    strides = image.stride()
+    return strides if image.dim() == 4 else (*strides[:2], 0, strides[2])
+
+
 @dataclass(frozen=True)
 class Sizes:
     """Of one call: tokens of all samples and of one, the grid's width, D, K and the patch."""
@@ -96,8 +102,5 @@ class Sizes:
 
     def arguments(self, image: Tensor, tile: Tile) -> tuple[Any, ...]:
         """What every kernel takes after its tensors."""
-        strides = image.stride()
-        if image.dim() == 3:
-            strides = (*strides[:2], 0, strides[2])
-        sizes = (self.rows, self.tokens, self.grid_width, self.width, strides)
+        sizes = (self.rows, self.tokens, self.grid_width, self.width, strides_of(image))
         return (*sizes, self.depth, *self.patch, *self.blocks(tile))

@@ -65,10 +65,25 @@ def test_ddim_is_diffusers(config, steps):
     assert relative(loop(ours, steps), loop(theirs, steps)) < 2e-4
 
 
-def test_ddim_with_noise_and_clipping_is_diffusers():
-    theirs = diffusers.DDIMScheduler(**CLIPPED)
-    expected = loop(theirs, 10, eta=0.7, use_clipped_model_output=True)
-    assert relative(loop(Scheduler.from_config(theirs.config), 10, eta=0.7), expected) < 2e-4
+@pytest.mark.parametrize("eta", [0.0, 0.7])
+@pytest.mark.parametrize("rederived", [False, True])
+def test_ddim_with_noise_and_clipping_is_diffusers(eta, rederived):
+    theirs = diffusers.DDIMScheduler()  # clips, by its default
+    step = {"eta": eta, "use_clipped_model_output": rederived}
+    expected = loop(theirs, 10, **step)
+    assert relative(loop(Scheduler.from_config(theirs.config), 10, **step), expected) < 2e-4
+    assert (
+        relative(loop(Scheduler.from_config(theirs.config, clip_sample=False), 10), expected) > 0.1
+    )
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler"])
+def test_a_configs_defaults_are_its_own_classs(name):
+    theirs = getattr(diffusers, name)()
+    ours = Scheduler.from_config(theirs.config)
+    shared = [key for key in theirs.config if key in ours.config and key[0] != "_"]
+    for key in shared:
+        assert ours.config[key] == theirs.config[key] or theirs.config[key] is None
 
 
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
@@ -248,7 +263,7 @@ def test_inside_ditpipeline_with_a_patched_transformer():
         num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=8,
         num_layers=1, sample_size=8, patch_size=2,
     ).eval()  # fmt: skip
-    theirs = diffusers.DDIMScheduler(clip_sample=False)
+    theirs = diffusers.DDIMScheduler()
 
     def images(scheduler):
         pipe = diffusers.DiTPipeline(transformer, TinyVAE(), scheduler)

@@ -7,7 +7,7 @@ import torch
 from exact_flow import MEAN, PATH_NAMES, PREDICTIONS, STD, exact, solution
 
 import fastdit
-from fastdit.flow import Sampler
+from fastdit.flow import ODE, SDE, Sampler
 from fastdit.flow.paths import FORMS
 
 STEPS = 60
@@ -96,19 +96,18 @@ def test_the_predicted_data_on_the_way(name, prediction):
     transport = fastdit.create_transport(name, prediction)
     sampler, model = Sampler(transport), exact(transport)
     x = torch.linspace(-2, 2, 12, dtype=torch.float64).reshape(1, 3, 4)
-    for plan in (
-        sampler.ode_plan("heun", 5),
-        sampler.sde_plan("Euler", 5, diffusion_form="sigma", last_step="Tweedie"),
-        sampler.sde_plan("Heun", 5, diffusion_form="linear", last_step="Mean"),
+    for solver in (
+        ODE("heun"),
+        SDE("Euler", "sigma", last_step="Tweedie"),
+        SDE("Heun", "linear", last_step="Mean"),
     ):
-        seen: list = []
-        observe = lambda *frame, seen=seen: seen.append(frame)  # noqa: E731
-        assert len(list(sampler.states(plan, x, model, {}, observe=observe))) == sum(plan.ends)
-        assert len(seen) == len(plan)
-        for when, at, data in seen:
-            t = torch.tensor([when], dtype=torch.float64)
-            expected = transport.convert("data", at, t, model(at, t)) if when < 1 else at
-            torch.testing.assert_close(data, expected, rtol=1e-5, atol=1e-5)
+        plan = solver.plan(transport, 5)
+        run = sampler.run(plan, x, model, {})
+        for step in range(len(plan)):
+            run.advance(step)
+            t, at = plan.times[step : step + 1], run.seen
+            expected = transport.convert("data", at, t, model(at, t)) if t < 1 else at
+            torch.testing.assert_close(run.predicted(step), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_sbdms_first_step():
@@ -118,7 +117,7 @@ def test_sbdms_first_step():
     weights = transport.path.diffusion("SBDM", 1.0, times)
     assert weights.isfinite().tolist() == [False, True, True]
     for floor, expected in ((None, [0.1, 0.1, 0.2]), (0.15, [0.15, 0.15, 0.2])):
-        plan = Sampler(transport).sde_plan("Euler", 11, last_step=None, diffusion_floor=floor)
+        plan = SDE("Euler", last_step=None, diffusion_floor=floor).plan(transport, 11)
         sigma = plan.table[:3, fastdit.reference.TABLE_COLUMNS.index("sigma")]
         at = torch.tensor(expected, dtype=torch.float64)
         torch.testing.assert_close(

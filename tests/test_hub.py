@@ -26,6 +26,7 @@ CLASSES = [
     normalization.CogVideoXLayerNormZero,
     normalization.FP32LayerNorm,
     normalization.RMSNorm,
+    attention.BasicTransformerBlock,
     attention.JointTransformerBlock,
     transformer_flux.FluxTransformerBlock,
     transformer_flux.FluxSingleTransformerBlock,
@@ -87,7 +88,7 @@ import compare, families, torch
 from kernels import LocalLayerRepository, Mode, kernelize, use_kernel_mapping
 from fastdit import hub
 
-for name in ("SD3", "Flux", "Wan"):
+for name in ("DiT", "PixArt-Sigma", "SD3", "Flux", "Wan"):
     model, call = families.make(name)
     expected = compare.run(model, call)
     assert hub.extend(model)

@@ -23,7 +23,6 @@ from fastdit import backends, images
 from fastdit.checkpoint_files import atomic_write
 from fastdit.commands.sample import load, transport_of
 from fastdit.diffusion import create_diffusion
-from fastdit.flow import sampling as flow_sampling
 from fastdit.model import DiT
 from fastdit.sampler import PRESETS, Sampler
 from fastdit.sampling import SOLVERS, sample
@@ -40,11 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--quality", choices=PRESETS, default="balanced", help="default balanced; not of a flow")
     add("--steps", type=int, help="denoising steps (default: the quality's; 50 of a flow)")
     add("--cfg-scale", type=float, default=2.0, help="guidance (default 2)")
-    add(
-        "--solver",
-        choices=(*SOLVERS, *flow_sampling.SOLVERS),
-        help="default: the quality's; of a flow euler",
-    )
+    add("--solver", choices=SOLVERS, help="default: the quality's; of a flow euler")
     add("--seed", type=int, default=0, help="default 0")
     add("--device", default=None, help="default: the accelerator, else the CPU")
     add("--rounds", type=int, default=3, help="timed rounds of each (default 3)")
@@ -162,7 +157,7 @@ def run(args: argparse.Namespace) -> None:
         images.to_uint8(digits), 10, scale=6, row_labels=[str(digit) for digit in range(10)]
     )
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(args.out)
+    images.save(picture, args.out)
     console.print(f"wrote {args.out}: {how}")
     console.print(f"timing {args.rounds} rounds of {steps} steps each ...")
     device = next(model.parameters()).device.type

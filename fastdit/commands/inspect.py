@@ -19,10 +19,9 @@ from rich.console import Console
 from fastdit import images
 from fastdit.checkpoint_files import atomic_write
 from fastdit.commands.sample import class_list, load, transport_of
-from fastdit.flow import sampling as flow_sampling
 from fastdit.inspection import Frame, attention_maps, trajectory
 from fastdit.model import DiT
-from fastdit.sampling import SOLVERS
+from fastdit.sampler import DIFFUSION_SOLVERS, FLOW_SOLVERS
 
 SUMMARY = "draw attention maps, or the predicted image step by step"
 
@@ -40,8 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--at", type=float, default=0.5, help="attention when: 0 the start to 1 (default 0.5)")
     add("--query", type=class_list, help="row,column of the query patch (default the centre)")
     add("--steps", type=int, default=25, help="solver steps (default 25)")
-    every = (*SOLVERS, *(name for name in flow_sampling.SOLVERS if name != "dopri5"))
-    add("--solver", choices=every, help="default ddim; of a flow euler")
+    solvers = (*DIFFUSION_SOLVERS, *FLOW_SOLVERS)
+    add("--solver", choices=solvers, help="default ddim; of a flow euler")
     add("--cfg-scale", type=float, default=2.0, help="guidance (default 2)")
     add("--seed", type=int, default=0, help="default 0")
     add("--device", default=None, help="default: the accelerator, else the CPU")
@@ -163,7 +162,7 @@ def run(args: argparse.Namespace) -> None:
     )
     if args.filmstrip:
         picture = filmstrip(frames, args.classes, args.frames)
-        atomic_write(args.out, lambda path: picture.save(path, format="png"))
+        images.save(picture, args.out)
     else:
         frame = frames[round(args.at * (len(frames) - 2))]
         first = Frame(frame.time, frame.x[:1], frame.data[:1])

@@ -165,7 +165,7 @@ class SamplingLoops(ReverseSteps):
         """The model, its conditioning computed before the first step where that is possible."""
         from fastdit.sampler.ahead import ahead  # which needs the diffusions
 
-        return ahead(model, x, self.timestep_map[::-1], model_kwargs)
+        return ahead(model, x, torch.tensor(self.timestep_map[::-1]), model_kwargs)
 
     def _loop(
         self, step: Callable[[Tensor, Tensor, Tensor | None], Sample], x: Tensor, progress: bool

@@ -6,7 +6,7 @@
     images = sample(torch.randn(16, 4, 32, 32), model, y=labels)[-1]
 
 Time runs from noise, t = 0, to data, t = 1. The fixed-step solvers are tables of
-`fastdit.ops.diffusion_step`.
+`fastdit.ops.diffusion_step`, which `fastdit.Sampler` runs as well: `ODE` and `SDE` are its solvers.
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ from fastdit.flow.checkpoint import load_transport, transport_metadata
 from fastdit.flow.guidance import Guidance
 from fastdit.flow.kinds import ModelType, PathType, WeightType
 from fastdit.flow.sampler import Sampler
+from fastdit.flow.solvers import ODE, SDE
 from fastdit.flow.transport import Transport, create_transport
 
 __all__ = [
+    "ODE",
+    "SDE",
     "Guidance",
     "ModelType",
     "PathType",

@@ -4,37 +4,35 @@
     sample = sampler.sample_ode(sampling_method="heun", num_steps=26)
     images = sample(torch.randn(16, 4, 32, 32), model, y=labels)[-1]
 
-The fixed-step solvers (`fastdit.flow.tables`) are one call of `fastdit.ops.diffusion_step` after
-each call of the model, with classifier-free guidance inside it. Every other method of torchdiffeq,
-the adaptive `dopri5` above all, is torchdiffeq's (`pip install 'fastdit[flow]'`).
+SiT's API over the sampling engine: any callable is a model, and a plain DiT's conditioning is
+computed before the first step. The fixed-step solvers (`fastdit.flow.solvers`) run in the engine's
+loop, one call of `fastdit.ops.diffusion_step` after each call of the model, with classifier-free
+guidance inside it. `fastdit.Sampler` runs the same plans with seeds of samples, chunks, previews
+and CUDA graphs. Every other method of torchdiffeq, the adaptive `dopri5` above all, is
+torchdiffeq's (`pip install 'fastdit[flow]'`).
 """
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from fastdit import ops
-from fastdit.flow import tables
 from fastdit.flow.guidance import Guidance
 from fastdit.flow.likelihood import fixed_steps, likelihood
-from fastdit.flow.paths import FORMS
-from fastdit.flow.tables import Plan
-from fastdit.flow.transport import Model, Transport, shifted
+from fastdit.flow.solvers import ODE, ODE_METHODS, SDE, grid
+from fastdit.flow.transport import Model, Transport
 from fastdit.ops import _checks
-from fastdit.reference import TABLE_COLUMNS, guide
+from fastdit.plan import Plan
+from fastdit.reference import guide
+
+if TYPE_CHECKING:
+    from fastdit.sampler.run import Run
 
 NoiseFn = Callable[[Tensor], Tensor]
-
-ODE_METHODS = {"euler": False, "heun": True, "heun2": True}
-"""The fixed-step ODE methods that are rows of a table, and whether they correct."""
-
-SDE_METHODS = {"Euler": False, "Heun": True}
 
 
 def published_noise(x: Tensor) -> Tensor:
@@ -82,14 +80,14 @@ class Sampler:
         Returns:
             A function whose result `(num_steps, B, C, ...)` is x at each time of the grid.
         """
-        times = self._times(num_steps, reverse=reverse)
         if sampling_method in ODE_METHODS:
-            plan = self.ode_plan(sampling_method, num_steps, reverse=reverse)
+            plan = ODE(sampling_method, reverse).plan(self.transport, num_steps)
 
             def fixed(x: Tensor, model: Model, **model_kwargs: Any) -> Tensor:
                 return torch.stack([x, *self.states(plan, x, model, model_kwargs, guidance)])
 
             return fixed
+        times = grid(self.transport, num_steps, reverse=reverse)
         odeint = torchdiffeq(sampling_method)
 
         @torch.no_grad()
@@ -97,8 +95,8 @@ class Sampler:
             def velocity(t: Tensor, state: Tensor) -> Tensor:
                 return self._velocity(state, t, model, model_kwargs, guidance)
 
-            grid = times.to(x.device, torch.promote_types(x.dtype, torch.float32))
-            return odeint(velocity, x, grid, method=sampling_method, atol=atol, rtol=rtol)
+            exact = times.to(x.device, torch.promote_types(x.dtype, torch.float32))
+            return odeint(velocity, x, exact, method=sampling_method, atol=atol, rtol=rtol)
 
         return adaptive
 
@@ -109,7 +107,7 @@ class Sampler:
         diffusion_form: str = "SBDM",
         diffusion_norm: float = 1.0,
         last_step: str | None = "Mean",
-        last_step_size: float = 0.04,
+        last_step_size: float | None = 0.04,
         num_steps: int = 250,
         diffusion_floor: float | None = None,
         guidance: Guidance | None = None,
@@ -118,17 +116,9 @@ class Sampler:
         """The SDE dx = (v + w·s)dt + √(2w)·dW, whose x has the ODE's distribution at every t.
 
         Args:
-            sampling_method: `"Euler"` (Euler-Maruyama) or `"Heun"`.
-            diffusion_form: w: `"constant"` 1, `"SBDM"` g, `"sigma"` σ, `"linear"` 1 − t,
-                `"decreasing"` ¼(cos πt + 1)², `"increasing-decreasing"` sin² πt.
-            diffusion_norm: scales w.
-            last_step: how the last step, without noise, ends: `"Mean"`, `"Tweedie"`, `"Euler"` or
-                None for none; see `fastdit.flow.tables.sde_plan`.
-            last_step_size: its length; no step has none.
+            sampling_method, diffusion_form, diffusion_norm, last_step, last_step_size,
+                diffusion_floor: see `fastdit.flow.SDE`.
             num_steps: times on the grid; with a last step, the model is called num_steps times.
-            diffusion_floor: w is taken at max(t, floor). None takes it at t, as published, except
-                where it is infinite: SBDM at t = 0, where the published result is NaN, takes it
-                one step later.
             guidance: classifier-free guidance; the `y` of the call is then the B labels.
             noise_fn: called once a step with x; the default draws on the CPU, as published.
 
@@ -136,15 +126,15 @@ class Sampler:
             A function whose result is the list of x after each step, num_steps of them; without a
             last step the last one is there twice, as published.
         """
-        plan = self.sde_plan(
+        solver = SDE(
             sampling_method,
-            num_steps,
-            diffusion_form=diffusion_form,
-            diffusion_norm=diffusion_norm,
-            last_step=last_step,
-            last_step_size=last_step_size,
-            diffusion_floor=diffusion_floor,
+            diffusion_form,
+            diffusion_norm,
+            last_step,
+            last_step_size,
+            diffusion_floor,
         )
+        plan = solver.plan(self.transport, num_steps)
 
         def sample(x: Tensor, model: Model, **model_kwargs: Any) -> list[Tensor]:
             states = list(self.states(plan, x, model, model_kwargs, guidance, noise_fn))
@@ -162,7 +152,7 @@ class Sampler:
         fixed_probe: bool = False,
     ) -> Callable[..., tuple[Tensor, Tensor]]:
         """The log-likelihood of data; `fastdit.flow.likelihood` has the maths and the arguments."""
-        back = 1 - self._times(num_steps, reverse=True)
+        back = 1 - grid(self.transport, num_steps, reverse=True)
         if sampling_method in ODE_METHODS:
             solve = fixed_steps(ODE_METHODS[sampling_method])
         else:
@@ -171,49 +161,8 @@ class Sampler:
             )
         return likelihood(self.transport, solve, back, fixed_probe)
 
-    def ode_plan(self, sampling_method: str, num_steps: int, *, reverse: bool = False) -> Plan:
-        """The rows of `sample_ode` with a fixed-step method; the same arguments."""
-        heun = _one_of("sampling_method", sampling_method, ODE_METHODS)
-        times = self._times(num_steps, reverse=reverse)
-        return tables.ode_plan(self.transport.path, self.transport.model_type, times, heun)
-
-    def sde_plan(
-        self,
-        sampling_method: str,
-        num_steps: int,
-        *,
-        diffusion_form: str = "SBDM",
-        diffusion_norm: float = 1.0,
-        last_step: str | None = "Mean",
-        last_step_size: float = 0.04,
-        diffusion_floor: float | None = None,
-    ) -> Plan:
-        """The rows of `sample_sde`; the same arguments."""
-        heun = _one_of("sampling_method", sampling_method, SDE_METHODS)
-        _one_of("diffusion_form", diffusion_form, dict.fromkeys(FORMS))
-        _one_of("last_step", last_step, dict.fromkeys(tables.LAST_STEPS))
-        if not 0 < last_step_size < 1:
-            _checks.fail("last_step_size", repr(last_step_size), "a number between 0 and 1")
-        if not 0 <= diffusion_norm < math.inf:
-            _checks.fail("diffusion_norm", repr(diffusion_norm), "a finite number >= 0")
-        if diffusion_floor is not None and not 0 <= diffusion_floor < 1:
-            _checks.fail("diffusion_floor", repr(diffusion_floor), "None or 0 to below 1")
-        size = 0.0 if last_step is None else last_step_size
-        return tables.sde_plan(
-            self.transport.path,
-            self.transport.model_type,
-            self._times(num_steps, sde=True, diffusion_form=diffusion_form, last_step_size=size),
-            heun=heun,
-            form=diffusion_form,
-            norm=diffusion_norm,
-            floor=diffusion_floor,
-            last_step=last_step,
-            size=size,
-        )
-
     # ---- what the methods share ---------------------------------------------------------------
 
-    @torch.no_grad()
     def states(
         self,
         plan: Plan,
@@ -222,43 +171,50 @@ class Sampler:
         model_kwargs: dict[str, Any],
         guidance: Guidance | None = None,
         noise_fn: NoiseFn = published_noise,
-        observe: Callable[[float, Tensor, Tensor], None] | None = None,
     ) -> Iterator[Tensor]:
-        """x after each step of `plan`: the model and one op for each of its rows.
+        """x after each step of `plan`."""
+        run = self.run(plan, x, model, model_kwargs, guidance, noise_fn)
+        for step in range(len(plan)):
+            with torch.no_grad():
+                run.advance(step)
+            if plan.ends[step]:
+                yield run.x
 
-        `observe` is called after each call of the model with its time, its x, and the data that
-        it predicts there.
-        """
+    @torch.no_grad()
+    def run(
+        self,
+        plan: Plan,
+        x: Tensor,
+        model: Model,
+        model_kwargs: dict[str, Any],
+        guidance: Guidance | None = None,
+        noise_fn: NoiseFn = published_noise,
+    ) -> Run:
+        """The engine's run of `plan`, before its first step."""
+        from fastdit.sampler.ahead import ahead  # the engine needs the transports
+        from fastdit.sampler.conditions import Conditions
+        from fastdit.sampler.run import Recipe, Run
+
         _checks.tensor("x", x, range(2, 6), "(B, C, ...)")
-        table = plan.table.clone()
-        if guidance is not None:
-            table[:, TABLE_COLUMNS.index("guidance")] = guidance.scale
+        channels, rows, both = 0, x, model_kwargs
+        if guidance is not None and guidance.scale != 1:
+            scale = self.transport.time_scale
+            low, high = guidance.interval
+            plan = plan.with_guidance(guidance.scale, (low * scale, high * scale))
+            channels = guidance.guided_channels(x)
+            rows, both = guidance.doubled(x, model, model_kwargs)
         exact = torch.promote_types(x.dtype, torch.float32)
-        table, times = table.to(x.device, exact), plan.times.to(x.device, exact)
-        rows = torch.arange(len(plan), device=x.device).unbind(0)
-        sigma, when = plan.sigma.tolist(), plan.times.tolist()
-        drift = None
-        for i, row in enumerate(rows):
-            noise = noise_fn(x) if plan.draws[i] else None
-            if sigma[i]:
-                x, noise = x + sigma[i] * noise, None
-            guided = guidance if guidance is not None and guidance.at(when[i]) else None
-            output = self._output(x, times[i], model, model_kwargs, guided)
-            before = x
-            x, drift = ops.diffusion_step(
-                x,
-                output,
-                table,
-                row,
-                noise=noise,
-                x0_previous=drift if plan.corrects[i] else None,
-                guided_channels=guided.guided_channels(x) if guided else 0,
-            )
-            if observe is not None:
-                of_x, of_drift = plan.data[i].tolist()
-                observe(when[i], before, of_x * before + of_drift * drift)
-            if plan.ends[i]:
-                yield x
+        times = plan.times.to(x.device, exact)
+        call = ahead(model, rows, times, both)
+
+        def denoise(given: Tensor, t: Tensor, _y: Tensor | None) -> Tensor:
+            kwargs = both if len(given) == len(rows) else model_kwargs
+            return self.transport.checked(call(given, t, **kwargs), given)
+
+        table = plan.whole_table().to(x.device, exact)
+        recipe = Recipe(denoise, plan, table, times, channels, noise_fn)
+        one = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        return Run(recipe, x, Conditions(None, one, 1), None, captured=False)
 
     def _output(
         self,
@@ -287,22 +243,6 @@ class Sampler:
         if guided is not None:
             output = guide(output, guided.scale, guided.guided_channels(x))
         return self.transport.convert("velocity", x, t.expand(len(x)), output)
-
-    def _times(self, num_steps: int, **interval: Any) -> Tensor:
-        """The grid `(num_steps,)`, float64 of float32 values: those that the published code has."""
-        if not isinstance(num_steps, int) or isinstance(num_steps, bool) or num_steps < 2:
-            _checks.fail("num_steps", repr(num_steps), "an int >= 2")
-        t0, t1 = self.transport.check_interval(
-            self.transport.train_eps, self.transport.sample_eps, eval=True, **interval
-        )
-        grid = torch.linspace(t0, t1, num_steps, dtype=torch.float32).double()
-        return shifted(grid, self.transport.timestep_shift)
-
-
-def _one_of(name: str, value: Any, allowed: dict[Any, Any]) -> Any:
-    if value not in allowed:
-        _checks.fail(name, repr(value), ", ".join(map(repr, allowed)))
-    return allowed[value]
 
 
 def torchdiffeq(method: str) -> Callable[..., Any]:

@@ -11,15 +11,15 @@ In a diffusion q is the predicted x0; here it is the drift itself, which no step
     Heun, corrector  x'' = x' − ½dt·f₁ + ½dt·f₂ = x + ½dt·(f₁ + f₂)
 
 The corrector starts from the predictor's x', so that Heun keeps no third tensor. The SDE's Heun
-adds its noise before the predictor (Ma et al. 2024), when the model has not been called yet: that
-is no row's, but an addition of `sigma` times noise.
+adds its noise before the predictor (Ma et al. 2024), when the model has not been called yet: a row
+of its own, x' = x + √(2w·dt)·z, which `Plan.noise_before` asks for.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from torch import Tensor
 from fastdit.flow.kinds import ModelType
 from fastdit.flow.paths import Path
 from fastdit.ops._checks import fail
+from fastdit.plan import SIGMA, Plan
 from fastdit.reference import TABLE_COLUMNS
 
 Drift = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -35,33 +36,6 @@ Drift = Callable[[Tensor], tuple[Tensor, Tensor]]
 LAST_STEPS = ("Mean", "Tweedie", "Euler", None)
 _NEAR_DATA = 1e-7
 """Where σ is exactly 0, w·s is taken this much before it: its error is of this size."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A fixed-step solver: E evaluations of the model, each a row of the table.
-
-    Attributes:
-        times: `(E,)` float64, the path time of each evaluation.
-        table: `(E, 9)` float64; its `guidance` column is 1.
-        corrects: which rows read the q of the row before, as `x0_previous`.
-        ends: after which rows x is a step's result.
-        sigma: `(E,)` float64, the noise added *before* the evaluation; the rows' own is in their
-            `sigma` column.
-        draws: before or in which rows a step draws its noise; one draw each.
-        data: `(E, 2)` float64: the data predicted at a row is data₀·x + data₁·q, with x before it.
-    """
-
-    times: Tensor
-    table: Tensor
-    corrects: tuple[bool, ...]
-    ends: tuple[bool, ...]
-    sigma: Tensor
-    draws: tuple[bool, ...]
-    data: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.corrects)
 
 
 def _rows(times: Tensor, drift: tuple[Tensor, Tensor], **columns: Tensor | float) -> Tensor:
@@ -80,7 +54,9 @@ def _interleaved(first: Tensor, second: Tensor) -> Tensor:
 
 def _checked(plan: Plan, path: Path, prediction: ModelType) -> Plan:
     """`plan` with its `data`, if its coefficients are finite."""
-    bad = ~plan.table.isfinite().all(1) | ~plan.sigma.isfinite()
+    bad = ~plan.table.isfinite().all(1)
+    if plan.noise_before is not None:
+        bad |= ~plan.noise_before.isfinite()
     if bad.any():
         t = float(plan.times[bad][0])
         allowed = (
@@ -107,22 +83,12 @@ def ode_plan(path: Path, prediction: ModelType, times: Tensor, heun: bool) -> Pl
 
 def _steps(start: Tensor, end: Tensor, dt: Tensor, drift: Drift, heun: bool) -> Plan:
     """Steps without noise from `start` to `end`."""
-    steps = len(start)
     first = _rows(start, drift(start), c0=dt)
     if not heun:
-        none = torch.zeros(steps, dtype=torch.float64)
-        no, yes = (False,) * steps, (True,) * steps
-        return Plan(start, first, no, yes, none, no)
+        return Plan(start, first)
     second = _rows(end, drift(end), c0=0.5 * dt, cp=-0.5 * dt)
-    corrects = (False, True) * steps
-    return Plan(
-        _interleaved(start, end),
-        _interleaved(first, second),
-        corrects,
-        corrects,
-        torch.zeros(2 * steps, dtype=torch.float64),
-        (False,) * (2 * steps),
-    )
+    times, table = _interleaved(start, end), _interleaved(first, second)
+    return Plan(times, table, multistep=True, ends=(False, True) * len(start))
 
 
 def sde_plan(
@@ -175,11 +141,11 @@ def sde_plan(
     plan = _steps(start, times[1:], dt, drift, heun)
     noise = torch.sqrt(2 * w(start) * dt)
     if heun:
-        sigma = _interleaved(noise, torch.zeros_like(noise))
-        plan = replace(plan, sigma=sigma, draws=(True, False) * len(dt))
+        before = _interleaved(noise, torch.zeros_like(noise))
+        plan = replace(plan, noise_before=before, draws=(True, False) * len(dt), noisy=True)
     else:
-        plan.table[:, TABLE_COLUMNS.index("sigma")] = noise
-        plan = replace(plan, draws=(True,) * len(dt))
+        plan.table[:, SIGMA] = noise
+        plan = replace(plan, draws=(True,) * len(dt), noisy=True)
     if last_step is not None:
         plan = _with_last(plan, _last_row(path, prediction, times[-1:], drift, last_step, size))
     return _checked(plan, path, prediction)
@@ -199,11 +165,13 @@ def _last_row(
 def _with_last(plan: Plan, last: tuple[Tensor, Tensor]) -> Plan:
     """`plan` and one row more, without noise."""
     t, row = last
-    return Plan(
-        torch.cat([plan.times, t]),
-        torch.cat([plan.table, row]),
-        (*plan.corrects, False),
-        (*plan.ends, True),
-        torch.cat([plan.sigma, torch.zeros_like(t)]),
-        (*plan.draws, False),
+    before = plan.noise_before
+    return replace(
+        plan,
+        times=torch.cat([plan.times, t]),
+        table=torch.cat([plan.table, row]),
+        draws=(*plan.draws, False),
+        noise_before=None if before is None else torch.cat([before, torch.zeros_like(t)]),
+        guided=(),
+        ends=(*plan.ends, True),
     )

@@ -199,7 +199,11 @@ class Transport:
     ) -> Tensor:
         """The first C channels of `model(x, t·time_scale, **model_kwargs)`, checked."""
         scaled = t if self.time_scale == 1 else t * self.time_scale
-        output = model(x, scaled, **(model_kwargs or {}))
+        return self.checked(model(x, scaled, **(model_kwargs or {})), x)
+
+    @staticmethod
+    def checked(output: Any, x: Tensor) -> Tensor:
+        """The first C channels of what a model returned for `x`."""
         channels = x.shape[1]
         shapes = [(x.shape[0], n * channels, *x.shape[2:]) for n in (1, 2)]
         if not isinstance(output, Tensor) or output.shape not in shapes:

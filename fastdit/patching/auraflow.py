@@ -6,18 +6,17 @@ stream after attention: x + gate₂·ff(norm2(x + gate₁·attn)), and norms are
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from fastdit.patching import norms
-from fastdit.patching.diffusers_norms import named, tokens
-from fastdit.patching.rules import Call, Rule, replacement
+from fastdit.patching import joint, norms
+from fastdit.patching.rules import replacement
 
 
-def _stream(
-    norm: norms.Norm, ff: nn.Module, x: Tensor, y: Tensor, parts: tuple[Tensor, ...]
+def _feed_forward(
+    norm: norms.Norm, ff: nn.Module, x: Tensor, y: Tensor, parts: Sequence[Tensor]
 ) -> Tensor:
     gate, shift, scale, last_gate = parts
     _h, normed = norms.gated_adaln(norm, x, y, gate, shift, scale)
@@ -33,17 +32,10 @@ def joint_block(
     attention_kwargs: dict[str, Any] | None = None,
 ) -> Any:
     """A block of two streams."""
-    x, text = hidden_states, encoder_hidden_states
-    found, found_text = norms.ready(x, self.norm2), norms.ready(text, self.norm2_context)
-    if found is None or found_text is None:
-        return NotImplemented
-    normed, *parts = self.norm1(x, emb=temb)
-    normed_text, *text_parts = self.norm1_context(text, emb=temb)
-    y, y_text = self.attn(
-        hidden_states=normed, encoder_hidden_states=normed_text, **(attention_kwargs or {})
+    options = attention_kwargs or {}
+    return joint.two_streams(
+        self, hidden_states, encoder_hidden_states, temb, _feed_forward, **options
     )
-    x = _stream(found[0], self.ff, x, y, tuple(parts))
-    return _stream(found_text[0], self.ff_context, text, y_text, tuple(text_parts)), x
 
 
 @replacement("norm2")
@@ -54,35 +46,14 @@ def single_block(
     attention_kwargs: dict[str, Any] | None = None,
 ) -> Tensor:
     """A block of text and image tokens in one stream."""
-    if (found := norms.ready(hidden_states, self.norm2)) is None:
-        return NotImplemented
-    normed, *parts = self.norm1(hidden_states, emb=temb)
-    y = self.attn(hidden_states=normed, **(attention_kwargs or {}))
-    return _stream(found[0], self.ff, hidden_states, y, tuple(parts))
-
-
-def _width(module: nn.Module) -> int:
-    return module.norm2.normalized_shape[0]
-
-
-def _joint_calls(module: nn.Module) -> list[Call]:
-    width = _width(module)
-    return [((tokens(width), tokens(width, 3), torch.randn(2, width)), {})]
+    return joint.one_stream(self, hidden_states, temb, _feed_forward, **(attention_kwargs or {}))
 
 
 RULES = (
-    Rule(
-        name="joint block",
-        ops="gated_adaln, gated_residual",
-        forward=joint_block,
-        recognises=named("AuraFlowJointTransformerBlock"),
-        probe=_joint_calls,
+    joint.rule(
+        "joint block", joint_block, "AuraFlowJointTransformerBlock", joint.two_streams_calls
     ),
-    Rule(
-        name="single block",
-        ops="gated_adaln, gated_residual",
-        forward=single_block,
-        recognises=named("AuraFlowSingleTransformerBlock"),
-        probe=lambda m: [((tokens(_width(m)), torch.randn(2, _width(m))), {})],
+    joint.rule(
+        "single block", single_block, "AuraFlowSingleTransformerBlock", joint.one_stream_calls
     ),
 )

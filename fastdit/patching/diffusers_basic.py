@@ -87,6 +87,32 @@ def _block(
     return norms.gated_residual(x, self.ff(normed), last_gate)
 
 
+def block(
+    self: nn.Module,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    encoder_hidden_states: Tensor | None = None,
+    encoder_attention_mask: Tensor | None = None,
+    timestep: Tensor | None = None,
+    cross_attention_kwargs: dict[str, Any] | None = None,
+    class_labels: Tensor | None = None,
+    added_cond_kwargs: dict[str, Tensor] | None = None,
+) -> Tensor:
+    """Either kind of block, for loaders that know classes by their names only."""
+    forward = zero_block if self.norm_type == "ada_norm_zero" else single_block
+    return forward(
+        self,
+        hidden_states,
+        attention_mask,
+        encoder_hidden_states,
+        encoder_attention_mask,
+        timestep,
+        cross_attention_kwargs,
+        class_labels,
+        added_cond_kwargs,
+    )
+
+
 def _calls(module: nn.Module) -> list[Call]:
     kwargs: dict[str, Any] = {}
     if module.attn2 is not None:

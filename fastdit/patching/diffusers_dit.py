@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from fastdit import ops
 from fastdit.ops._checks import autocast_dtype
@@ -74,7 +75,7 @@ def _version(tensor: Tensor) -> tuple[int, int]:
 def _copies_agree(model: nn.Module) -> bool:
     """Whether every block's embedder holds the same numbers as the first block's."""
     copies = [list(block.norm1.emb.parameters()) for block in model.transformer_blocks]
-    if any(p.is_meta for p in copies[0]):
+    if any(p.is_meta or isinstance(p, FakeTensor) for p in copies[0]):
         return True  # nothing to compare, nothing to compute
     state = [_version(p) for copy in copies for p in copy]
     known = _equal.get(model)

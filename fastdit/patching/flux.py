@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdit.patching import norms
-from fastdit.patching.diffusers_norms import named, tokens
-from fastdit.patching.rules import Call, Rule, replacement
-from fastdit.patching.sd3 import feed_forward
+from fastdit.patching import joint, norms
+from fastdit.patching.diffusers_norms import tokens
+from fastdit.patching.rules import Call, replacement
 
 HALF_MAX = 65504  # diffusers clips what float16 cannot hold
 
@@ -33,24 +32,20 @@ def double_block(
     joint_attention_kwargs: dict[str, Any] | None = None,
 ) -> Any:
     """A block of two streams."""
-    x, text = hidden_states, encoder_hidden_states
-    found, found_text = norms.ready(x, self.norm2), norms.ready(text, self.norm2_context)
-    if found is None or found_text is None:
-        return NotImplemented
-    normed, *parts = self.norm1(x, emb=temb)
-    normed_text, *text_parts = self.norm1_context(text, emb=temb)
-    y, y_text, *from_adapter = self.attn(
-        hidden_states=normed,
-        encoder_hidden_states=normed_text,
+    streams = joint.two_streams(
+        self,
+        hidden_states,
+        encoder_hidden_states,
+        temb,
         image_rotary_emb=image_rotary_emb,
         **(joint_attention_kwargs or {}),
     )
-    x = feed_forward(found[0], self.ff, x, y, tuple(parts))
+    if streams is NotImplemented:
+        return NotImplemented
+    text, x, *from_adapter = streams
     for image_prompt in from_adapter:
         x = x + image_prompt
-    return _clipped(
-        feed_forward(found_text[0], self.ff_context, text, y_text, tuple(text_parts))
-    ), x
+    return _clipped(text), x
 
 
 @replacement()
@@ -81,18 +76,8 @@ def _calls(module: nn.Module) -> list[Call]:
 
 
 RULES = (
-    Rule(
-        name="joint block",
-        ops="gated_adaln, gated_residual",
-        forward=double_block,
-        recognises=named("FluxTransformerBlock"),
-        probe=_calls,
-    ),
-    Rule(
-        name="parallel block",
-        ops="gated_residual",
-        forward=single_block,
-        recognises=named("FluxSingleTransformerBlock"),
-        probe=_calls,
+    joint.rule("joint block", double_block, "FluxTransformerBlock", joint.two_streams_calls),
+    joint.rule(
+        "parallel block", single_block, "FluxSingleTransformerBlock", _calls, "gated_residual"
     ),
 )

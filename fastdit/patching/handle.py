@@ -184,7 +184,11 @@ class _Search:
         forward = own_forward(module)
         if forward is not None and not is_ours(forward):
             return "it has a forward of its own, put there by a hook; patch before adding hooks"
-        if (reason := rule.refuses(module)) is not None or not self.verify:
+        try:
+            reason = rule.refuses(module)
+        except AttributeError as error:  # another project's class by the same name
+            return f"it is another {type(module).__name__} than that rule's: {error}"
+        if reason is not None or not self.verify:
             return reason
         key = probe.kind(rule, module)
         if key not in self.proofs:

@@ -1,18 +1,20 @@
 """The sampling engine: whole denoise steps, hoisted conditioning, CUDA graphs.
 
 `sampler.py` is the public class, `options.py` its arguments, `conditions.py` what it is asked for,
-`plan.py` and `flow.py` a solver as the rows of a table, `presets.py` solvers by quality,
+`diffusion.py` and `flow.py` a solver as a `fastdit.plan.Plan`, `presets.py` solvers by quality,
 `conditioning.py` what is computed before the first step, `run.py` the step, `graphs.py` its
-capture, `noise.py` the draws, `denoiser.py` the place where another forward replaces the model's,
-and `ahead.py` brings both to the published loops.
+capture, `noise.py` the draws, `preview.py` what is seen on the way, `denoiser.py` the place where
+another forward replaces the model's, and `ahead.py` brings both to the published loops.
 """
 
 from __future__ import annotations
 
+from fastdit.plan import Plan
+from fastdit.sampler.diffusion import DIFFUSION_SOLVERS, diffusion_plan
 from fastdit.sampler.flow import FLOW_SOLVERS, flow_plan
-from fastdit.sampler.plan import DIFFUSION_SOLVERS, Plan, diffusion_plan
 from fastdit.sampler.presets import PRESETS
-from fastdit.sampler.sampler import Preview, Sampler
+from fastdit.sampler.preview import Preview
+from fastdit.sampler.sampler import Sampler
 
 __all__ = [
     "DIFFUSION_SOLVERS",

@@ -1,15 +1,16 @@
 """The published loops' model, with the conditioning of every step computed ahead.
 
 A loop such as `p_sample_loop(model.forward_with_cfg, ..., model_kwargs={"y": y, "cfg_scale": 4.0})`
-calls the model once a step, with timesteps that are known before the first and labels that never
+calls the model once a step, with times that are known before the first and labels that never
 change. Where the model is a plain DiT its conditioning is therefore hoisted out of the loop, as
-`Sampler` does, and the steps call the same forward. Callbacks, noise and what a consumer does to
-the samples between the steps stay as they are: they never see the difference.
+`fastdit.Sampler` does, and the steps call the same forward; so are those of `fastdit.flow.Sampler`.
+Callbacks, noise and what a consumer does to the samples between the steps stay as they are: they
+never see the difference.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ class Ahead:
     Args:
         call: of the model.
         conditioning: the rows of all times.
-        places: `(B,)`, each row's condition.
+        places: `(B,)`, each row's condition; a call with fewer rows has the first ones.
         options: what else the model is called with.
     """
 
@@ -48,7 +49,7 @@ class Ahead:
         held = self.conditioning
         if not held.holds(self.step):
             held.fill(self.step)
-        rows = held.table[self.step - held.start].index_select(0, self.places)
+        rows = held.table[self.step - held.start].index_select(0, self.places[: len(x)])
         self.step += 1
         return self.call(x, None, None, conditioning=rows, **self.options)
 
@@ -69,15 +70,13 @@ def _plain(model: Any, x: Tensor, kwargs: dict[str, Any]) -> tuple[DiT, str] | N
 
 
 @torch.no_grad()
-def ahead(
-    model: Any, x: Tensor, timesteps: Sequence[int], model_kwargs: dict[str, Any] | None
-) -> Any:
+def ahead(model: Any, x: Tensor, times: Tensor, model_kwargs: dict[str, Any] | None) -> Any:
     """`model`, or the same with its conditioning computed ahead.
 
     Args:
         model: what a loop was given.
         x: `(B, C, ...)`, its start.
-        timesteps: that the model will be called with, in this order.
+        times: `(E,)`, what the model will be called with, in this order.
         model_kwargs: what else.
     """
     kwargs = dict(model_kwargs or {})
@@ -88,9 +87,9 @@ def ahead(
     distinct, places = kwargs.pop("y").unique(return_inverse=True)
     if distinct[0] < 0 or distinct[-1] > owner.num_classes - (not owner.guidable):
         return model  # which says what is wrong
-    times = torch.tensor(timesteps, dtype=torch.int64, device=x.device)
     forward = stand_in(owner, None, None)
-    rows = Conditioning(forward, times, Conditions(distinct, places, len(distinct)), BUDGET)
+    given = Conditions(distinct, places, len(distinct))
+    rows = Conditioning(forward, times.to(x.device), given, BUDGET)
     if not rows.steps:
         return model
     run = denoiser(owner, forward, required=False)

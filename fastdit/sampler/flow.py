@@ -2,39 +2,32 @@
 
 from __future__ import annotations
 
-import numpy as np
-
-from fastdit.flow import Transport
-from fastdit.flow.sampling import SOLVERS, solver_plan
+from fastdit.flow.solvers import ODE, SDE, SOLVERS, Solver
+from fastdit.flow.transport import Transport
 from fastdit.ops._checks import fail
-from fastdit.sampler.plan import Plan
+from fastdit.plan import Plan
 
-FLOW_SOLVERS = tuple(solver for solver in SOLVERS if solver != "dopri5")
+FLOW_SOLVERS = tuple(SOLVERS)
 
 
-def flow_plan(transport: Transport, solver: str | None, steps: int | None) -> Plan:
-    """Every evaluation of a fixed-step solver from noise to data.
+def flow_plan(transport: Transport, solver: str | Solver | None, steps: int) -> Plan:
+    """Every evaluation of a fixed-step solver.
 
     The rows give the drift, which is not clamped; `Plan.data` makes previews of it.
 
     Args:
         transport: what the model was trained with.
-        solver: `"heun"` (the default), `"euler"` or `"sde"`.
-        steps: the solver's; None is 25. Heun's have two evaluations each.
+        solver: `"heun"` (the default), `"euler"`, `"sde"` or `"sde_heun"`, or an `ODE` or `SDE` of
+            `fastdit.flow`.
+        steps: the solver's, an SDE's last one among them. Heun's have two evaluations each.
 
     Raises:
         ValueError: an unknown solver, or steps that it does not have.
     """
     solver = "heun" if solver is None else solver
-    if solver not in FLOW_SOLVERS:
-        fail("solver", repr(solver), ", ".join(map(repr, FLOW_SOLVERS)) + " with a transport")
-    rows = solver_plan(transport, solver, 25 if steps is None else steps)
-    return Plan(
-        times=(rows.times * transport.time_scale).numpy(),
-        table=rows.table.numpy(),
-        multistep=any(rows.corrects),
-        draws=any(rows.draws),
-        noisy=any(rows.draws),
-        ends=rows.ends,
-        data=np.asarray(rows.data),
-    )
+    if not isinstance(solver, ODE | SDE):
+        if solver not in FLOW_SOLVERS:
+            names = ", ".join(map(repr, FLOW_SOLVERS))
+            fail("solver", repr(solver), f"{names}, an ODE or an SDE with a transport")
+        solver = SOLVERS[solver]
+    return solver.plan(transport, solver.times_of(steps))

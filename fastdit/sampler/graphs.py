@@ -3,7 +3,7 @@
 An eager step of a DiT-XL/2 is some 240 launches, each of which costs the host 5 to 10 µs; a replay
 is one call. A graph reads and writes the tensors that it was captured with, so it belongs to a run
 of one shape and dtype, to one table of conditioning rows and to the storage of the parameters; the
-parameters' values may change. Guided and unguided steps are a graph each.
+parameters' values may change. Each kind of step (`fastdit.plan.Kind`) is a graph.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Callable, Hashable
 import torch
 from torch import Tensor, nn
 
+from fastdit.plan import Kind
 from fastdit.sampler.run import Run
 
 _WARM_UP = 3  # kernels compile, are tuned and allocate workspaces at their first calls
@@ -36,17 +37,17 @@ class CapturedRun:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self.graphs: dict[Kind, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
 
     def advance(self, step: int) -> None:
         """One step, captured at the first call of its kind."""
-        guided = self.run.recipe.plan.guided[step]
-        if guided not in self.graphs:
-            self.graphs[guided] = self._capture(guided)
-        graph, self.run.q = self.graphs[guided]
+        kind = self.run.recipe.plan.kind(step)
+        if kind not in self.graphs:
+            self.graphs[kind] = self._capture(kind)
+        graph, self.run.q, self.run.seen = self.graphs[kind]
         graph.replay()
 
-    def _capture(self, guided: bool) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    def _capture(self, kind: Kind) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
         """Capture a step without taking one: what warming up changed is put back."""
         run, device = self.run, self.run.x.device
         changed = (run.x, run.q, run.cursor)
@@ -58,15 +59,15 @@ class CapturedRun:
             for _ in range(_WARM_UP):
                 for tensor, value in zip(changed, before, strict=True):
                     tensor.copy_(value)
-                run.advance_captured(guided)
+                run.advance_captured(kind)
             for tensor, value in zip(changed, before, strict=True):
                 tensor.copy_(value)
         torch.cuda.current_stream(device).wait_stream(stream)
         torch.cuda.set_rng_state(generator, device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            run.advance_captured(guided)
-        return graph, run.q
+            run.advance_captured(kind)
+        return graph, run.q, run.seen
 
 
 class Captures:

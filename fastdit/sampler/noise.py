@@ -1,8 +1,8 @@
 """Where a run's noise comes from: torch's generator in the published order, or seeds of samples.
 
-**Published.** The start noise is one draw for B samples, and every evaluation draws for all rows
-of the published loop's batch, which are 2B under guidance. The same seed then gives the published
-samples, which therefore depend on the batch they are drawn in.
+**Published.** The start noise is one draw for B samples, and every evaluation that needs noise
+draws for all rows of the published loop's batch, which are 2B under guidance. The same seed then
+gives the published samples, which therefore depend on the batch they are drawn in.
 
 **Seeds.** Each sample has its own 64-bit seed, and its noise is Philox keyed by (seed, step),
 drawn inside the update (`fastdit.philox`). A sample does not depend on the batch, on its place in
@@ -11,14 +11,27 @@ it or on how it is cut into chunks. One seed s gives sample i of a call the seed
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from fastdit.ops._checks import fail
 
+Draw = Callable[[Tensor], Tensor]
+"""An evaluation's noise, like the x that it is given."""
+
 _SMALLEST, _LARGEST = -(2**63), 2**63 - 1
+
+
+def published_draw(guided: bool) -> Draw:
+    """Draws from torch's generator on x's device; of a guided batch the first half is used."""
+
+    def draw(x: Tensor) -> Tensor:
+        shape = (len(x) * (2 if guided else 1), *x.shape[1:])
+        return torch.randn(shape, dtype=x.dtype, device=x.device)[: len(x)]
+
+    return draw
 
 
 def sample_seeds(seed: int | Sequence[int] | Tensor, count: int) -> Tensor:

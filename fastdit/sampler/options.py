@@ -5,19 +5,24 @@ from __future__ import annotations
 from typing import Any
 
 from fastdit.diffusion import SPACINGS, GaussianDiffusion, create_diffusion
-from fastdit.flow import Transport
+from fastdit.flow.solvers import Solver
+from fastdit.flow.transport import Transport
 from fastdit.model import DiT
 from fastdit.ops._checks import fail
+from fastdit.plan import Plan
+from fastdit.sampler.diffusion import diffusion_plan
 from fastdit.sampler.flow import flow_plan
-from fastdit.sampler.plan import Plan, diffusion_plan
 from fastdit.sampler.presets import preset
+
+STEPS = 250
+"""Of a run whose steps are not given, as published."""
 
 
 def plan_of(
     model: DiT,
     *,
     quality: str | None,
-    solver: str | None,
+    solver: str | Solver | None,
     steps: int | None,
     spacing: str | None,
     diffusion: GaussianDiffusion | None,
@@ -40,7 +45,8 @@ def plan_of(
         interval = chosen.get("guidance_interval") if interval is None else interval
     if transport is not None:
         _no_diffusion(spacing=spacing, diffusion=diffusion, eta=eta, clip_denoised=clip_denoised)
-        plan = flow_plan(transport, solver, steps)
+        _no_diffusion(order=order if order != 2 else None)
+        plan = flow_plan(transport, solver, STEPS if steps is None else steps)
     else:
         schedule = _schedule(model, diffusion, steps, spacing)
         plan = diffusion_plan(schedule, solver or "ddpm", eta, order)
@@ -49,9 +55,9 @@ def plan_of(
     if scale == 1 or not channels:
         return plan
     if transport is not None and interval is not None:
-        slack = 1e-6  # the ends count as inside despite float32's rounding
-        low, high = (end * transport.time_scale for end in interval)
-        interval = low - slack * transport.time_scale, high + slack * transport.time_scale
+        if not 0 <= interval[0] <= interval[1] <= 1:
+            fail("guidance_interval", interval, "times in [0, 1] with a transport")
+        interval = interval[0] * transport.time_scale, interval[1] * transport.time_scale
     return plan.with_guidance(scale, interval)
 
 
@@ -76,7 +82,7 @@ def _schedule(
     spacing = "uniform" if spacing is None else spacing
     if spacing not in SPACINGS:
         fail("spacing", repr(spacing), ", ".join(map(repr, SPACINGS)))
-    steps = positive("steps", 250 if steps is None else steps)
+    steps = positive("steps", STEPS if steps is None else steps)
     prefix = "" if spacing == "uniform" else spacing
     return create_diffusion(f"{prefix}{steps}", learn_sigma=model.learn_sigma)
 

@@ -1,14 +1,18 @@
 """One chunk of samples on its way from noise to data: the state, and the step that moves it.
 
 A step is the model on B rows, or 2B where it is guided, and one call of `diffusion_step`, which
-reads its row of the table, guides, predicts, draws seeded noise and updates. Nothing in it depends
-on a value on the host: the step's index is on the device, so that a CUDA graph of one step replays
-for all of them.
+reads its row of the table, guides, predicts, draws seeded noise and updates. Where a solver adds
+noise before the model is called, that is a call of the same op. Nothing in a step depends on a
+value on the host: its index is on the device, so that a CUDA graph of one step replays for all of
+its kind.
+
+This is the one loop of all solvers. `fastdit.Sampler` runs a DiT through it, and
+`fastdit.flow.Sampler` whatever is called like a model.
 
 Eagerly, a step reads its conditioning as a view and its result becomes the next x. Captured, it
 must read and write where the capture did: the rows are gathered by the index on the device, and x
 and x0 copied back. Launches of a captured step beside the model's: the rows, x twice over, the
-noise, the update, x, x0 (2M and Heun only), the index.
+noise, its update where it comes first, the update, x, x0 (2M and Heun only), the index.
 """
 
 from __future__ import annotations
@@ -19,10 +23,11 @@ import torch
 from torch import Tensor
 
 from fastdit import ops
+from fastdit.plan import Kind, Plan
 from fastdit.sampler.conditioning import Conditioning
 from fastdit.sampler.conditions import Conditions
 from fastdit.sampler.denoiser import Denoiser
-from fastdit.sampler.plan import Plan
+from fastdit.sampler.noise import Draw
 
 
 @dataclass(frozen=True)
@@ -32,20 +37,20 @@ class Recipe:
     Attributes:
         denoise: called in the model's place.
         plan: the solver's rows.
-        table: the plan's, `(E + 1, 9)` on the device; its last row draws the start noise.
+        table: the plan's whole table on the device.
         times: the plan's, `(E,)` on the device.
-        clip: of x0.
         guided_channels: of a guided step.
-        seeded: noise comes from the samples' seeds, not from torch's generator.
+        draw: an evaluation's noise; None draws it from the samples' seeds.
+        clip: of x0.
     """
 
     denoise: Denoiser
     plan: Plan
     table: Tensor
     times: Tensor
-    clip: float | None
     guided_channels: int
-    seeded: bool
+    draw: Draw | None
+    clip: float | None = None
 
 
 class Run:
@@ -61,6 +66,7 @@ class Run:
     Attributes:
         x: the samples.
         q: what the last step predicted: x0, or a flow's drift.
+        seen: what the model was given in it.
     """
 
     def __init__(
@@ -73,15 +79,17 @@ class Run:
     ) -> None:
         self.recipe, self.captured = recipe, captured
         self.x, self.conditions, self.seeds = x, conditions, seeds
-        self.q = torch.zeros_like(x)
+        self.q, self.seen = torch.zeros_like(x), x
         places = conditions.places
         null = torch.full_like(places, conditions.count - 1)
         self.places = {False: places, True: torch.cat([places, null])}
-        # On the device: the step's index, then the conditioning row of every sample and its null.
-        zero, one = places.new_zeros(1), places.new_ones(1)
-        self.cursor = torch.cat([zero, self.places[True]])
-        self.stride = torch.cat([one, torch.full_like(self.places[True], conditions.count)])
-        self.steps = torch.arange(len(recipe.plan), device=x.device).unbind()
+        # On the device: the step's row, the row of the noise before it, then the conditioning row
+        # of every sample and its null.
+        first = places.new_tensor([0, len(recipe.plan) + 1])
+        self.cursor = torch.cat([first, self.places[True]])
+        ones = torch.ones_like(first)
+        self.stride = torch.cat([ones, torch.full_like(self.places[True], conditions.count)])
+        self.first, self.rows = first, torch.arange(len(recipe.table), device=x.device).unbind()
         self.conditioning: Conditioning | None = None
 
     def start(self, x: Tensor, conditions: Conditions, seeds: Tensor | None) -> None:
@@ -93,7 +101,7 @@ class Run:
         places = conditions.places
         self.places[False].copy_(places)
         self.places[True][: len(places)].copy_(places)
-        self.cursor[:1].zero_()
+        self.cursor[:2].copy_(self.first)
         self._first_rows()
         if self.seeds is not None:
             self.seeds.copy_(seeds)
@@ -109,16 +117,17 @@ class Run:
             self._first_rows()
 
     def _first_rows(self) -> None:
-        self.cursor[1:].copy_(self.places[True])
+        self.cursor[2:].copy_(self.places[True])
 
     def advance(self, step: int) -> None:
         """An eager step; `step` is its index."""
         plan = self.recipe.plan
-        self.x, self.q = self._evaluate(plan.guided[step], self.steps[step], step)
+        before = self.rows[len(plan) + 1 + step] if plan.noise_before is not None else None
+        self.x, self.q = self._evaluate(plan.kind(step), self.rows[step], before, step)
 
-    def advance_captured(self, guided: bool) -> None:
-        """The step that a graph captures: its index is in `cursor`."""
-        x, q = self._evaluate(guided, self.cursor[0], None)
+    def advance_captured(self, kind: Kind) -> None:
+        """The step that a graph captures: its rows are in `cursor`."""
+        x, q = self._evaluate(kind, self.cursor[0], self.cursor[1], None)
         self.x.copy_(x)
         if self.recipe.plan.multistep:
             self.q.copy_(q)
@@ -126,21 +135,37 @@ class Run:
             self.q = q
         self.cursor.add_(self.stride)
 
-    def _evaluate(self, guided: bool, index: Tensor, step: int | None) -> tuple[Tensor, Tensor]:
-        recipe, plan = self.recipe, self.recipe.plan
-        x = torch.cat([self.x, self.x]) if guided else self.x
-        output = self._denoise(x, guided, index, step)
+    def predicted(self, step: int) -> Tensor:
+        """What the step just done predicts the data to be, in the tensors that it has now."""
+        data = self.recipe.plan.data
+        if data is None:
+            return self.q
+        of_x, of_q = data[step].tolist()
+        return of_x * self.seen + of_q * self.q
+
+    def _evaluate(
+        self, kind: Kind, index: Tensor, before: Tensor | None, step: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """x and q after a row of the table; `before` is the row of the noise that it wants in x."""
+        recipe, plan, x = self.recipe, self.recipe.plan, self.x
+        drawn = recipe.draw(x) if kind.draws and recipe.draw is not None else None
+        used = kind.draws and plan.noisy
+        noise = {"noise": drawn, "seed": self.seeds} if used else {}
+        if used and plan.noise_before is not None:
+            x, _ = ops.diffusion_step(x, x, recipe.table, before, **noise)
+            noise = {}
+        self.seen = x
+        output = self._denoise(torch.cat([x, x]) if kind.guided else x, kind.guided, index, step)
         return ops.diffusion_step(
-            self.x,
+            x,
             output,
             recipe.table,
             index,
-            noise=self._noise(),
-            seed=self.seeds if plan.noisy else None,
+            **noise,
             x0_previous=self.q if plan.multistep else None,
             clip=recipe.clip,
             learned_range=plan.learned_range,
-            guided_channels=recipe.guided_channels if guided else 0,
+            guided_channels=recipe.guided_channels if kind.guided else 0,
         )
 
     def _denoise(self, x: Tensor, guided: bool, index: Tensor, step: int | None) -> Tensor:
@@ -150,17 +175,7 @@ class Run:
             return denoise(x, t, self.conditions.select(places))
         held = self.conditioning.table
         if step is None:
-            rows = held.flatten(0, 1).index_select(0, self.cursor[1 : 1 + len(places)])
+            rows = held.flatten(0, 1).index_select(0, self.cursor[2 : 2 + len(places)])
         else:
             rows = held[step - self.conditioning.start].index_select(0, places)
         return denoise(x, None, None, conditioning=rows)
-
-    def _noise(self) -> Tensor | None:
-        """The published draw: for all rows of a guided batch, of which the first half is used."""
-        plan = self.recipe.plan
-        if self.recipe.seeded or not plan.draws:
-            return None
-        rows = len(self.x) * (2 if any(plan.guided) else 1)
-        shape = (rows, *self.x.shape[1:])
-        drawn = torch.randn(shape, dtype=self.x.dtype, device=self.x.device)[: len(self.x)]
-        return drawn if plan.noisy else None

@@ -10,51 +10,31 @@ update, without a host sync, and on a GPU the replay of one CUDA graph.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fastdit import ops
 from fastdit.diffusion import GaussianDiffusion
-from fastdit.flow import Transport
+from fastdit.flow.solvers import Solver
+from fastdit.flow.transport import Transport
 from fastdit.model import DiT
 from fastdit.ops._checks import fail
-from fastdit.reference import TABLE_COLUMNS
+from fastdit.plan import Plan
 from fastdit.sampler import graphs, options
 from fastdit.sampler.conditioning import Conditioning
 from fastdit.sampler.conditions import Classes, Conditions, conditions
 from fastdit.sampler.denoiser import denoiser, stand_in
 from fastdit.sampler.graphs import CapturedRun, Captures
-from fastdit.sampler.noise import sample_seeds
-from fastdit.sampler.plan import Plan
+from fastdit.sampler.noise import published_draw, sample_seeds
+from fastdit.sampler.preview import Preview, preview_of, progress_bar
 from fastdit.sampler.run import Recipe, Run
 
 GIBIBYTE = 2**30
-
-
-@dataclass(frozen=True)
-class Preview:
-    """A chunk after a step.
-
-    Attributes:
-        step: the step done, 0 to `steps` − 1.
-        steps: how many there are.
-        samples: which samples of the call these are.
-        x: `(b, C, H, W)`, the samples as noisy as they still are.
-        x0: like `x`, what the model now predicts them to become.
-    """
-
-    step: int
-    steps: int
-    samples: slice
-    x: Tensor
-    x0: Tensor
 
 
 class Sampler:
@@ -66,7 +46,8 @@ class Sampler:
         quality: `"fast"`, `"balanced"` or `"reference"`: the solver, steps, spacing and guidance
             interval of `fastdit.sampler.presets`, where these are not given.
         solver: `"ddpm"` (ancestral, the default), `"ddim"` or `"dpm++"` (DPM-Solver++); with a
-            transport see `fastdit.sampler.flow`.
+            transport `"heun"` (the default), `"euler"`, `"sde"`, `"sde_heun"`, or a
+            `fastdit.flow.ODE` or `fastdit.flow.SDE` with options of its own.
         steps: of the solver (default 250). Each is one evaluation of the model, two with Heun.
         spacing: of the timesteps: `"uniform"` (the published, the default), `"logsnr"` or
             `"karras"`; see `fastdit.diffusion.spacing`.
@@ -99,7 +80,7 @@ class Sampler:
         model: DiT,
         *,
         quality: str | None = None,
-        solver: str | None = None,
+        solver: str | Solver | None = None,
         steps: int | None = None,
         spacing: str | None = None,
         diffusion: GaussianDiffusion | None = None,
@@ -159,7 +140,8 @@ class Sampler:
                 sample depends on its label and its seed: not on the batch or the chunks, but for
                 the rounding of matrix products of other sizes. None draws from torch's generator
                 in the published order (`fastdit.sampler.noise`).
-            noise: `(B, C, H, W)`, the start noise; None draws it.
+            noise: `(B, C, H, W)`, what the run starts from; None draws noise. A reverse solver
+                starts from data, which must be given.
             progress: show a progress bar.
             callback: called after every step with a `Preview`.
 
@@ -169,10 +151,10 @@ class Sampler:
         """
         finished = []
         chunks = self._chunks(classes if isinstance(classes, int) else len(classes))
-        with _bar(progress, len(chunks) * len(self.plan)) as advanced:
-            for part, step, run, x in self._advance(classes, seed, noise, callback is not None):
+        with progress_bar(progress, len(chunks) * len(self.plan)) as advanced:
+            for part, step, run in self._advance(classes, seed, noise, callback is not None):
                 if callback is not None and self.plan.ends[step]:
-                    callback(self._preview(part, step, run, x))
+                    callback(preview_of(run, step, part))
                 if step == len(self.plan) - 1:
                     finished.append(run.x.clone())
                 advanced()
@@ -186,9 +168,9 @@ class Sampler:
         noise: Tensor | None = None,
     ) -> Iterator[Preview]:
         """The same run as an iterator over its previews, chunk after chunk."""
-        for part, step, run, x in self._advance(classes, seed, noise, True):
+        for part, step, run in self._advance(classes, seed, noise, True):
             if self.plan.ends[step]:
-                yield self._preview(part, step, run, x)
+                yield preview_of(run, step, part)
 
     def start_noise(self, count: int, seeds: Tensor | None = None) -> Tensor:
         """`(count, C, H, W)`, what a run of so many samples starts from.
@@ -211,9 +193,8 @@ class Sampler:
 
     def _advance(
         self, classes: Any, seed: Any, noise: Tensor | None, previews: bool
-    ) -> Iterator[tuple[slice, int, Run, Tensor | None]]:
-        """Every step of every chunk, done: the chunk, the step, its run, and x before it where a
-        preview needs that."""
+    ) -> Iterator[tuple[slice, int, Run]]:
+        """Every evaluation of every chunk, done: the chunk, the evaluation, its run."""
         parameter = next(self.model.parameters())
         if self.model.training:
             fail("model", "one in training mode", "one in eval mode: call model.eval()")
@@ -231,15 +212,17 @@ class Sampler:
         shape = (self.model.in_channels, *self.model.input_size)
         if noise is not None and (noise.shape != (count, *shape) or noise.device != device):
             fail("noise", f"{tuple(noise.shape)} on {noise.device}", f"(B, *{shape}) on {device}")
+        if noise is None and self.plan.from_data:
+            fail("noise", None, "the data that a reverse solver starts from")
         table, times = self._on(device)
         recipe = Recipe(
             denoiser(self.model, self._forward, self._required),
             self.plan,
             table,
             times,
-            self.clip,
             self.guided_channels,
-            seeds is not None,
+            published_draw(any(self.plan.guided)) if seeds is None else None,
+            self.clip,
         )
         with torch.no_grad():
             conditioning = self._conditioning(times, given)
@@ -254,10 +237,12 @@ class Sampler:
                 run, mover = self._begin(recipe, chunk, conditioning, captured)
             for step in range(len(self.plan)):
                 with torch.no_grad():
-                    before = run.x.clone() if previews and self.plan.data is not None else None
+                    before = run.x.clone() if previews and captured else None
                     run.hold(conditioning, step)
                     mover.advance(step)
-                yield part, step, run, before
+                    if before is not None and run.seen is run.x:
+                        run.seen = before  # a captured step has written over it
+                yield part, step, run
 
     def _begin(
         self, recipe: Recipe, chunk: tuple, conditioning: Conditioning | None, captured: bool
@@ -268,7 +253,7 @@ class Sampler:
             return run, run
         x, given, seeds = chunk
         rows = None if conditioning is None else conditioning.table.data_ptr()
-        key = (x.shape, x.dtype, given.count, recipe.seeded, rows)
+        key = (x.shape, x.dtype, given.count, seeds is None, rows)
 
         def fresh() -> Run:
             y = None if given.y is None else given.y.clone()
@@ -293,13 +278,6 @@ class Sampler:
         found.fill(0)
         return found
 
-    def _preview(self, part: slice, step: int, run: Run, before: Tensor | None) -> Preview:
-        x0 = run.q.clone() if before is None else run.q * self.plan.data[step, 1]
-        if before is not None:
-            x0 = x0 + before * self.plan.data[step, 0]
-        ends = self.plan.ends
-        return Preview(sum(ends[:step]), sum(ends), part, run.x.clone(), x0)
-
     def _chunks(self, count: int) -> list[slice]:
         """As few as `chunk` allows, their sizes equal or one apart."""
         parts = -(-count // (self.chunk or count)) if count else 0
@@ -317,24 +295,10 @@ class Sampler:
         return captured
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The plan's table, with a row behind it that draws start noise, and times."""
+        """The plan's whole table, and times."""
         if device not in self._tables:
-            draw = np.zeros((1, len(TABLE_COLUMNS)))
-            draw[0, TABLE_COLUMNS.index("sigma")] = 1
-            table = torch.from_numpy(np.concatenate([self.plan.table, draw]))
-            times = torch.from_numpy(self.plan.times)
+            times = self.plan.times
             times = times.float() if times.is_floating_point() else times
-            self._tables[device] = (table.to(device, torch.float32), times.to(device))
+            table = self.plan.whole_table().to(device, torch.float32)
+            self._tables[device] = (table, times.to(device))
         return self._tables[device]
-
-
-@contextlib.contextmanager
-def _bar(progress: bool, total: int) -> Iterator[Callable[[], Any]]:
-    """A function to call after each evaluation of the model: it moves the bar, if there is one."""
-    if not progress:
-        yield lambda: None
-        return
-    from tqdm.auto import tqdm
-
-    with tqdm(total=total) as bar:
-        yield bar.update

@@ -1,17 +1,17 @@
 """Ways to break the attention kernels, each of which the tests must notice.
 
-`MUTATIONS` lists (file, text that occurs in it once, what to put there instead); `TESTS` are the
-tests that must fail.
+`MUTATIONS` lists (file, text that occurs in it once, what to put there instead); `TESTS` the tests
+that must fail.
 """
 
 from __future__ import annotations
-
-TESTS = "tests/kernels/test_attention_numerics.py"
 
 FORWARD = "kernels/attention.py"
 BACKWARD = "kernels/attention_backward.py"
 TILES = "kernels/attention_tiles.py"
 PREPARE = "kernels/qk_norm_rope.py"
+_NUMERICS = ("tests/kernels/test_attention_numerics.py",)
+TESTS = dict.fromkeys((FORWARD, BACKWARD, TILES, PREPARE), _NUMERICS)
 
 MUTATIONS: list[tuple[str, str, str]] = [
     # forward: softmax, mask, indices, strides, statistics

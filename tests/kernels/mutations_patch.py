@@ -1,17 +1,22 @@
 """Ways to break the kernels of bias_gelu, patch_embed, unpatchify and their partial sums."""
 
-TESTS = (
-    "tests/kernels/test_bias_gelu.py",
-    "tests/kernels/test_patch_embed.py",
-    "tests/kernels/test_unpatchify.py",
-)
-
 _GELU = "kernels/bias_gelu.py"
 _EMBED = "kernels/patch_embed.py"
 _TILES = "kernels/patch_tiles.py"
 _BACK = "kernels/patch_embed_backward.py"
 _UNPATCHIFY = "kernels/unpatchify.py"
 _SUMS = "kernels/partials.py"
+
+_GELU_TESTS = ("tests/kernels/test_bias_gelu.py",)
+_EMBED_TESTS = ("tests/kernels/test_patch_embed.py",)
+TESTS = {
+    _GELU: _GELU_TESTS,
+    _EMBED: _EMBED_TESTS,
+    _TILES: _EMBED_TESTS,
+    _BACK: _EMBED_TESTS,
+    _UNPATCHIFY: ("tests/kernels/test_unpatchify.py",),
+    _SUMS: _GELU_TESTS + _EMBED_TESTS,
+}
 
 MUTATIONS = [
     (_GELU, "e * r - bell", "e * r + bell"),
@@ -70,32 +75,35 @@ MUTATIONS = [
     (_EMBED, "part_in = row_in & (part < DEPTH)[None, :]", "part_in = row_in"),
     (_EMBED, "out += bias[None, :]", "out -= bias[None, :]"),
     (_EMBED, "pos_at = (row % tokens)[:, None]", "pos_at = row[:, None]"),
-    (_BACK, "splits * (BLOCK_M // SPAN)):", "BLOCK_M // SPAN):"),
-    (_BACK, "token = tl.program_id(0) % spans * SPAN + lane % SPAN", "token = lane % SPAN"),
-    (_BACK, "inside = (token < tokens) & (sample", "inside = (token <= tokens) & (sample"),
-    (_BACK, "sample * tokens + token, rows)", "sample * SPAN + token, rows)"),
+    (_BACK, "splits * step):", "step):"),
+    (_BACK, "token = part % spans * SPAN + lane % SPAN", "token = lane % SPAN"),
+    (_BACK, "inside = (token < period) & (row", "inside = (token <= period) & (row"),
+    (_BACK, "inside = (token < period) & (row < rows)", "inside = token < period"),
+    (_BACK, "(first + lane // SPAN) * period + token", "(first + lane // SPAN) * SPAN + token"),
     (_BACK, "total += dtokens", "total -= dtokens"),
-    (
-        _BACK,
-        "partial = tl.program_id(0).to(tl.int64) * width",
-        "partial = split.to(tl.int64) * width",
-    ),
+    (_BACK, "partial = part.to(tl.int64) * width", "partial = part.to(tl.int64) // spans * width"),
     (_BACK, "at = partial * DEPTH", "at = partial"),
     (
         _BACK,
-        "mask = column < tl.where(tl.program_id(2) == 0, width, 0)",
-        "mask = column < tl.where(tl.program_id(2) == 0, width - 1, 0)",
+        "mask = column < tl.where(depth_block == 0, width, 0)",
+        "mask = column < tl.where(depth_block == 0, width - 1, 0)",
     ),
-    (_BACK, "limit = tl.where(tl.program_id(2) == 0, tokens, 0)", "limit = SPAN"),
-    (_BACK, "(split.to(tl.int64) * tokens + token)", "(split.to(tl.int64) + token)"),
-    (_BACK, "(tl.program_id(1).to(tl.int64) * rows + row)", "(row.to(tl.int64))"),
-    (_BACK, "for block in range(blocks)", "for block in range(blocks - 1)"),
-    (_BACK, "(tl.cast(block, tl.int64) * rows + row)", "(row.to(tl.int64))"),
+    (_BACK, "limit = tl.where(depth_block == 0, tokens, 0)", "limit = SPAN"),
+    (_BACK, "((part // spans).to(tl.int64) * tokens + token)", "(part.to(tl.int64) + token)"),
     (
         _BACK,
-        "for start in range(0, width, BLOCK_N)",
-        "for start in range(BLOCK_N, width, BLOCK_N)",
+        "column_block, depth_block = block // depth_blocks, block % depth_blocks",
+        "column_block, depth_block = block // depth_blocks, 0",
     ),
+    (_BACK, "(column_block.to(tl.int64) * rows + row)", "(row.to(tl.int64))"),
+    (_BACK, "for block in range(blocks)", "for block in range(blocks - 1)"),
+    (_BACK, "(tl.cast(block, tl.int64) * rows + row)", "(row.to(tl.int64))"),
+    (_BACK, "tl.where(first < rows, width, 0)", "tl.where(first < rows, width - BLOCK_N, 0)"),
+    (_BACK, "k = index % depth_blocks * BLOCK_K", "k = 0 * BLOCK_K"),
+    (_BACK, "block * (tl.num_programs(0) - parts) + part - parts", "part - parts"),
+    (_BACK, "grid_width, width, dx_strides,", "grid_width, width, strides,"),
+    (_BACK, "triton.cdiv(tiles, blocks)", "tiles // blocks"),
+    (_BACK, "dtokens.nbytes // max(1, 8", "dtokens.nbytes // max(1, 2"),
     (_BACK, "2 * sizes.width", "0"),
     (
         _UNPATCHIFY,

@@ -140,8 +140,5 @@ MUTATIONS: list[tuple[str, str, str]] = [
     *_SHARED, *_NORMALISE, *_ADALN, *_GATED, *_RESIDUAL, *_BACKWARD, *_SUMS,
 ]  # fmt: skip
 
-TESTS = (
-    "tests/kernels/test_row_numerics.py",
-    "tests/kernels/test_row_ops.py",
-    "tests/kernels/test_row_compiled.py",
-)
+_TESTS = tuple(f"tests/kernels/test_row_{name}.py" for name in ("numerics", "ops", "compiled"))
+TESTS = dict.fromkeys((ROWS, GRADIENTS, SUMS, ADALN, GATED, RESIDUAL), _TESTS)

@@ -3,6 +3,8 @@ touches nothing but the device."""
 
 from __future__ import annotations
 
+import functools
+import itertools
 from typing import Any
 
 import pytest
@@ -15,9 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastdit
+from fastdit.plan import Kind, Plan
 from fastdit.sampler.conditioning import Conditioning
 from fastdit.sampler.conditions import Conditions
-from fastdit.sampler.plan import diffusion_plan
+from fastdit.sampler.diffusion import diffusion_plan
+from fastdit.sampler.flow import FLOW_SOLVERS, flow_plan
+from fastdit.sampler.noise import published_draw
 from fastdit.sampler.run import Recipe, Run
 from fastdit.testing import count_traffic
 from fastdit.testing.counting import Cost
@@ -32,7 +37,8 @@ DEVICES = [
         marks=pytest.mark.skipif(not HAS_CUDA, reason="this PyTorch cannot fake CUDA tensors"),
     ),
 ]
-SOLVERS = [("ddpm", True), ("ddpm", False), ("dpm++", True), ("ddim", True)]
+SOLVERS = [("ddpm", True), ("ddpm", False), ("dpm++", True), ("ddim", True), ("sde", False)]
+SOLVERS += [("sde_heun", True), ("sde_heun", False)]
 
 
 class OnlyDevice(TorchDispatchMode):
@@ -81,15 +87,26 @@ def fake(request):
     return *fake_model(request.param, 2), request.param
 
 
-def captured_run(dit, device: str, solver: str, seeded: bool, hoisted: bool = True) -> Run:
+@functools.cache
+def guided_plan(solver: str) -> Plan:
+    """A solver's, on the host: not to be made under fake tensors."""
+    if solver in FLOW_SOLVERS:
+        plan = flow_plan(fastdit.create_transport(time_scale=1000.0), solver, STEPS)
+    else:
+        plan = diffusion_plan(fastdit.create_diffusion(str(STEPS)), solver)
+    return plan.with_guidance(4.0, None)
+
+
+def captured_run(dit, device: str, plan: Plan, seeded: bool, hoisted: bool = True) -> Run:
     """A chunk's static tensors, as `Sampler` makes them, by shape only."""
-    plan = diffusion_plan(fastdit.create_diffusion(str(STEPS)), solver).with_guidance(4.0, None)
 
     def ints(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.int64, device=device)
 
-    table = torch.empty(STEPS + 1, 9, device=device)
-    recipe = Recipe(dit, plan, table, ints(STEPS), None, 3, seeded)
+    rows = 2 * len(plan) + 1 if plan.noise_before is not None else len(plan) + 1
+    table = torch.empty(rows, 9, device=device)
+    times = torch.empty(len(plan), dtype=plan.times.dtype, device=device)
+    recipe = Recipe(dit, plan, table, times, 3, None if seeded else published_draw(True))
     x = torch.empty(BATCH, 4, 32, 32, dtype=torch.bfloat16, device=device)
     seeds = ints(BATCH) if seeded else None
     given = Conditions(ints(LABELS), ints(BATCH), LABELS)
@@ -97,20 +114,22 @@ def captured_run(dit, device: str, solver: str, seeded: bool, hoisted: bool = Tr
     if hoisted:
         run.conditioning = Conditioning.__new__(Conditioning)
         width = (6 * len(dit.blocks) + 2) * 1152
-        run.conditioning.table = torch.empty(STEPS, LABELS, width, dtype=x.dtype, device=device)
+        run.conditioning.table = torch.empty(len(plan), LABELS, width, dtype=x.dtype, device=device)
     return run
 
 
-@pytest.mark.parametrize(("solver", "seeded"), [("ddpm", False), ("dpm++", True)])
+@pytest.mark.parametrize(
+    ("solver", "seeded"), [("ddpm", False), ("dpm++", True), ("heun", False), ("sde_heun", True)]
+)
 def test_launches_of_a_step(xl, solver, seeded):
     mode, dit, device = xl
-    counts = Counts()
+    counts, plan = Counts(), guided_plan(solver)
     counts.costs["fastdit::diffusion_step"] = lambda *_args: Cost(1, 0, 0)
     with mode, torch.no_grad(), opaque_ops(device):
-        run = captured_run(dit, device, solver, seeded)
+        run = captured_run(dit, device, plan, seeded)
         with count_traffic(counts.costs) as traffic:
-            run.advance_captured(True)
-    assert traffic.launches["fastdit::diffusion_step"] == 1
+            run.advance_captured(Kind(guided=True, draws=True))
+    assert traffic.launches["fastdit::diffusion_step"] == 1 + (solver == "sde_heun")
     launched = traffic.total_launches + counts.launches()
     assert launched <= LAUNCHES
 
@@ -120,11 +139,12 @@ def test_launches_of_a_step(xl, solver, seeded):
 def test_a_step_stays_on_its_device_and_reads_no_value(fake, solver, seeded, hoisted):
     """A fake tensor has no value: reading one, for a branch or a shape, is an error."""
     mode, dit, device = fake
+    plan = guided_plan(solver)
     with mode, torch.no_grad(), opaque_ops(device):
-        run = captured_run(dit, device, solver, seeded, hoisted)
+        run = captured_run(dit, device, plan, seeded, hoisted)
         with OnlyDevice(device) as only:
-            for guided in (True, False):
-                run.advance_captured(guided)
+            for guided, draws in itertools.product((True, False), repeat=2):
+                run.advance_captured(Kind(guided, draws))
     assert only.ops > 60
 
 
