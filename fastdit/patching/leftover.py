@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from torch import nn
 
-GATED = ("GEGLU", "SwiGLU", "LuminaFeedForward", "AuraFlowFeedForward", "GLUMBConv")
+GATED = (
+    "GEGLU",
+    "SwiGLU",
+    "LuminaFeedForward",
+    "AuraFlowFeedForward",
+    "GLUMBConv",
+    "Flux2SwiGLU",
+    "AceStepMLP",
+)
 """Feed-forwards whose activation is a product of two projections."""
 
 NOT_NORMS = {
