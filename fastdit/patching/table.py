@@ -9,6 +9,7 @@ from fastdit.patching import (
     diffusers_basic,
     diffusers_dit,
     diffusers_norms,
+    f5_tts,
     flux,
     flux2,
     hunyuan,
@@ -38,6 +39,7 @@ FAMILIES = (
     lumina_next,
     auraflow,
     ace_step,
+    f5_tts,
     diffusers_norms,
 )
 RULES: tuple[Rule, ...] = tuple(rule for family in FAMILIES for rule in family.RULES)

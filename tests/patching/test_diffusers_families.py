@@ -20,7 +20,7 @@ from fastdit.patching.leftover import UNEXPLAINED
 OUTPUT_ULPS, GRADIENT_ULPS = 8, 32
 
 LEFT_ALONE = (
-    "attention stays with diffusers' ",
+    "attention stays with its processor, ",
     "belongs to the attention's processor",
     "no fused op for its gated activation",
     "one kernel already; nothing around it was replaced that could take it in",
