@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from fastdit import Sampler
+from fastdit.checkpoint_files import atomic_write
 from fastdit.data import load_digits
 from fastdit.digits import Reader, load_digits_model
 
@@ -95,7 +96,8 @@ def measure(seeds: int) -> dict:
             row["frechet"].append(round(frechet(pixels(images), real), 1))
         results["rows"].append(row)
         RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        text = json.dumps(results, indent=1) + "\n"
+        atomic_write(RESULTS, lambda path, text=text: path.write_text(text))
         print(json.dumps(row), flush=True)
     return results
 
@@ -149,7 +151,8 @@ def main() -> None:
     args = parser.parse_args()
     results = measure(args.seeds) if args.measure else json.loads(RESULTS.read_text())
     if args.measure:
-        DOCS.write_text(documented(DOCS.read_text(), results))
+        page = documented(DOCS.read_text(), results)
+        atomic_write(DOCS, lambda path: path.write_text(page))
     print(table(results))
 
 

@@ -8,6 +8,10 @@ disturb little. With more it is timed in wall time, which other processes ruin (
 OpenMP's barriers by a factor of ten): a turn during which others ran is repeated until the machine
 is idle or `patience` is spent, and is then counted as disturbed.
 
+Before the first turn one large tensor is freed. After that glibc's allocator keeps what is freed,
+as it does in any process that has run a model; until then it returns blocks of some MB to the
+system by turns, and page faults make one function take one or three times as long, by chance.
+
 On a GPU a turn is the median of many calls between CUDA events. They are enqueued behind a kernel
 that waits, so that the device never idles for the host, and before each the L2 cache is filled with
 something else. Where the host's time belongs to the figure, `wall` times synchronised batches.
@@ -31,6 +35,8 @@ MOST_CALLS = 2000
 SETTLE = 0.05
 """Seconds before a turn in wall time: ONNX Runtime's threads spin on after its turn, and made the
 column behind it up to 1.6 times slower."""
+LARGEST_KEPT = 31 << 20
+"""Bytes: freed once, glibc keeps as large a block; from 32 MiB on it never does."""
 BACKLOG_CYCLES = 2_000_000  # 1 ms at 2 GHz: the host enqueues some 100 launches meanwhile
 
 
@@ -150,6 +156,7 @@ def interleaved(
         budget: seconds for all of it; after three rounds no more are begun that would pass it.
         patience: seconds to wait for an idle machine in all, where that matters.
     """
+    torch.empty(LARGEST_KEPT, dtype=torch.uint8)
     alone = device == "cpu" and torch.get_num_threads() == 1
     waiting = Patience(patience)
     turn: Callable[[Callable[[], object], int], float]
@@ -198,14 +205,3 @@ def ratios(first: list[float], times: list[float]) -> tuple[float, float, float]
     """Speed over the first: median, least and largest of the turns' ratios."""
     found = [a / b for a, b in zip(first, times, strict=True)]
     return statistics.median(found), min(found), max(found)
-
-
-def print_table(title: str, candidates: Candidates, rounds: int) -> None:
-    """A line for each candidate; its ratio is the median of the turns' ratios to the first's."""
-    print(f"\n{title}")
-    found = timed(candidates, rounds)
-    first = next(iter(found.values()))
-    for name, times in found.items():
-        middle, low, high = (1e6 * f(times) for f in (statistics.median, min, max))
-        ratio = ratios(first, times)[0]
-        print(f"  {name:18} {middle:9.1f} [{low:.1f}..{high:.1f}]  {ratio:6.2f}x", flush=True)

@@ -22,6 +22,7 @@ struct Python {
   PyObject* (*(*PyCFunction_GetFunction)(PyObject*))(PyObject* self, PyObject* argument);
   PyObject* (*PyCFunction_GetSelf)(PyObject*);
   void* (*PyCapsule_GetPointer)(PyObject*, const char* name);
+  PyObject* (*PyObject_CallObject)(PyObject* callable, PyObject* arguments);
   PyObject* (*PyObject_CallFunctionObjArgs)(PyObject* callable, ...);
   PyObject* (*PyObject_CallMethodObjArgs)(PyObject* object, PyObject* name, ...);
   PyObject* (*PyObject_GetAttr)(PyObject* object, PyObject* name);
@@ -50,6 +51,7 @@ struct Python {
            look_up(PyCFunction_GetFunction, "PyCFunction_GetFunction") &&
            look_up(PyCFunction_GetSelf, "PyCFunction_GetSelf") &&
            look_up(PyCapsule_GetPointer, "PyCapsule_GetPointer") &&
+           look_up(PyObject_CallObject, "PyObject_CallObject") &&
            look_up(PyObject_CallFunctionObjArgs, "PyObject_CallFunctionObjArgs") &&
            look_up(PyObject_CallMethodObjArgs, "PyObject_CallMethodObjArgs") &&
            look_up(PyObject_GetAttr, "PyObject_GetAttr") &&

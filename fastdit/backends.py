@@ -49,7 +49,8 @@ class Kernel:
     `run` takes the arguments of `torch.ops.fastdit.<op>` in the schema's order; `unsupported`
     takes the same and returns why it cannot run them, or None if it can; `slower` takes the same
     and returns why `auto` should pass it over for a faster implementation, or None. A `run` that
-    `checks_arguments` raises for wrong ones before it touches them.
+    `checks_arguments` raises for wrong ones before it touches them. Where it has a `direct` call,
+    `auto` passes it over for differentiated ones of fewer elements than `differentiated_from`.
     """
 
     op: str
@@ -60,6 +61,7 @@ class Kernel:
     slower: Callable[..., str | None] = _always
     checks_arguments: bool = False
     direct: Callable[..., Any] | None = None
+    differentiated_from: int = 0
 
     def rejected(self, *args: Any) -> str | None:
         """Why the backend asked for now does not run these arguments here, or None."""
@@ -79,8 +81,10 @@ def _no_direct_call(*_args: Any) -> None:
 
 direct_calls: dict[str, Callable[..., Any]] = dict.fromkeys(OPS, _no_direct_call)
 """Every op's direct call on CPUs: that of its first kernel, which takes unchecked arguments and
-returns None where the ordinary call has to decide. Where there is none, a function that does only
-that."""
+returns None where the ordinary call has to decide, or NotImplemented where only autograd has to see
+it. Where there is none, a function that does only the first."""
+differentiated_from: dict[str, int] = dict.fromkeys(OPS, 0)
+"""The elements from which that kernel runs a differentiated call, under the backend asked for."""
 
 
 class _Setting:
@@ -154,7 +158,10 @@ def _choose_direct_calls() -> None:
     """After a change of kernels or of the backend asked for: a call itself then asks nothing."""
     for op in OPS:
         kernels = _kernels.get((op, "cpu")) if _setting.requested != "reference" else None
-        direct_calls[op] = (kernels[0].direct if kernels else None) or _no_direct_call
+        first = kernels[0] if kernels else None
+        direct_calls[op] = (first and first.direct) or _no_direct_call
+        automatic = _setting.requested == "auto"
+        differentiated_from[op] = first.differentiated_from if first and automatic else 0
 
 
 @contextlib.contextmanager
@@ -234,6 +241,22 @@ def devices() -> tuple[str, ...]:
     """The device types that this machine can run ops on."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return ("cpu",) if accelerator is None else ("cpu", accelerator.type)
+
+
+def checked_device(device: torch.device | str) -> torch.device:
+    """The device of this name, if this machine can compute on it; meta too.
+
+    Raises:
+        ValueError: it cannot, or no device has this name.
+    """
+    allowed = (*devices(), "meta")
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        found = None
+    if found is None or found.type not in allowed:
+        raise ValueError(f"device: got {str(device)!r}, allowed is {', '.join(allowed)}")
+    return found
 
 
 def explain(op: str | None = None, *args: Any, **kwargs: Any) -> Explanation:

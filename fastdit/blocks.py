@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fastdit import ops
 from fastdit.conditioning import Modulated
 from fastdit.designs import PUBLISHED, Design
+from fastdit.ops._checks import autocast_dtype, described, fail
 
 Branch = tuple[Tensor, Tensor]
 """What a block leaves to be added: a branch's output `(B, N, D)` and its gate `(B, D)`."""
@@ -44,9 +45,19 @@ class PatchEmbed(nn.Module):
         self.proj = convolution(in_channels, hidden_size, patch, stride=patch)
 
     def forward(self, x: Tensor, pos: Tensor | None = None) -> Tensor:
-        tokens = ops.patch_embed(x, self.proj.weight, self.proj.bias, pos)
+        """`(B, C, *size)` as `(B, N, D)` tokens, plus the positions `pos`, `(1, N, D)`.
+
+        Raises:
+            ValueError: `x` has not the parameters' dtype and device; autocast takes any dtype.
+        """
+        weight = self.proj.weight
+        other = x.device != weight.device or x.dtype != weight.dtype
+        if other and autocast_dtype(x) is None:
+            wanted = f"{str(weight.dtype).removeprefix('torch.')} on {weight.device}"
+            fail("x", described(x), f"{wanted}, as the model's parameters")
+        tokens = ops.patch_embed(x, weight, self.proj.bias, pos)
         # Positions widen the tokens that autocast narrowed; without them nothing else would.
-        return tokens if pos is not None else tokens.to(self.proj.weight.dtype)
+        return tokens if pos is not None else tokens.to(weight.dtype)
 
 
 class Attention(nn.Module):
@@ -63,6 +74,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor, rope: Rope | None = None) -> Tensor:
+        """`(B, N, D)` tokens to `(B, N, D)`; `rope` are rotary tables, `(N, head_dim)` each."""
         qkv = self.qkv(x)
         if self.qk_norm is None and rope is None:
             return self.proj(ops.attention(qkv, self.num_heads))
@@ -106,6 +118,7 @@ class CrossAttention(nn.Module):
         return self.kv(c).flatten(1)
 
     def forward(self, x: Tensor, keys_values: Tensor) -> Tensor:
+        """`(B, N, D)` tokens and the rows of `keys_values` to `(B, N, D)`."""
         heads = (self.num_heads, x.shape[-1] // self.num_heads)
         k, v = keys_values.unflatten(1, (-1, 2, *heads)).permute(2, 0, 3, 1, 4).unbind(0)
         q = self.q(x).unflatten(2, heads).transpose(1, 2)
@@ -121,6 +134,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(mlp_hidden, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
+        """`(B, N, D)` to `(B, N, D)`."""
         return self.fc2(ops.bias_gelu(F.linear(x, self.fc1.weight), self.fc1.bias))
 
 
@@ -135,6 +149,7 @@ class SwiGLU(nn.Module):
         self.w3 = nn.Linear(hidden, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
+        """`(B, N, D)` to `(B, N, D)`."""
         gate, value = self.w12(x).chunk(2, dim=-1)
         return self.w3(F.silu(gate) * value)
 
@@ -285,6 +300,7 @@ class FinalLayer(Modulated):
         pending: Branch | None = None,
         modulations: Tensor | None = None,
     ) -> Tensor:
+        """`(B, N, D)` tokens to `(B, N, prod(patch)·out_channels)`; arguments as in `DiTBlock`."""
         rows = self.rows(c) if modulations is None else modulations
         shift, scale = rows.chunk(2, dim=1) if self.names else (None, None)
         return self.linear(self.norm_final(x, pending, shift, scale)[1])

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from fastdit.backends import checked_device
 from fastdit.checkpoint_config import (
     CONFIG_KEY,
     CONFIG_NAMES,
@@ -101,6 +102,7 @@ def load_model(
         raise ValueError(f"merge: got {merge!r}, allowed is {', '.join(map(repr, MERGES))}")
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype: got {dtype}, allowed is a floating-point type")
+    device = checked_device(device)
     source = locate(path)
     try:
         state, hints = _weights(read(source), ema, merge, config_overrides)

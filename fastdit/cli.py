@@ -11,7 +11,7 @@ from fastdit._version import __version__
 COMMANDS = {
     "demo": "fastdit.commands.demo",
     "sample": "fastdit.commands.sample",
-    "train": "fastdit.training",
+    "train": "fastdit.commands.train",
     "models": "fastdit.commands.models",
     "inspect": "fastdit.commands.inspect",
     "profile": "fastdit.commands.profile",
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     try:
         args.run(args)
-    except (ValueError, FileNotFoundError, ImportError) as error:
+    except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"fastdit {args.command}: {error}") from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None

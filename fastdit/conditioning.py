@@ -26,6 +26,7 @@ class PartMlps(nn.ModuleDict):
             )
 
     def forward(self, c: Tensor) -> Tensor:
+        """The condition `(B, width)` as `(B, len(names)·D)`."""
         return torch.cat([mlp(c) for mlp in self.values()], dim=1)
 
 

@@ -13,7 +13,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
+
+Value = TypeVar("Value")
 
 MODULATIONS = {
     "adaln_zero": ("shift", "scale", "gate"),
@@ -40,6 +42,22 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "modulation": ("linear", "mlp"),
 }
 """The values of every field that has few."""
+
+
+class Named(dict[str, Value]):
+    """A dict whose `KeyError` tells the keys that there are.
+
+    Args:
+        name: what users call the dict.
+        items: its contents.
+    """
+
+    def __init__(self, name: str, items: Mapping[str, Value]) -> None:
+        super().__init__(items)
+        self.name = name
+
+    def __missing__(self, key: str) -> Value:
+        raise KeyError(f"{self.name}: got {key!r}, allowed is {', '.join(map(repr, self))}")
 
 
 @dataclass(frozen=True)
@@ -150,18 +168,21 @@ def design_of(options: Mapping[str, Any]) -> Design:
     return Design(**options)
 
 
-presets: dict[str, dict[str, Any]] = {
-    "published": {},
-    "literal": {
-        "conditioning": "adaln",
-        "positions": "learned_1d",
-        "residual": "normed",
-        "scale_plus_one": False,
-        "condition_fusion": "concat",
-        "modulation": "mlp",
-        "frequency_dim": 128,
+presets: dict[str, dict[str, Any]] = Named(
+    "presets",
+    {
+        "published": {},
+        "literal": {
+            "conditioning": "adaln",
+            "positions": "learned_1d",
+            "residual": "normed",
+            "scale_plus_one": False,
+            "condition_fusion": "concat",
+            "modulation": "mlp",
+            "frequency_dim": 128,
+        },
+        "lightningdit": {"rope": True, "norm": "rms", "mlp": "swiglu"},
     },
-    "lightningdit": {"rope": True, "norm": "rms", "mlp": "swiglu"},
-}
+)
 """Options by name: the published model; the literal reading of the document that this project
 started from (docs/designs.md); what LightningDiT's released models use."""

@@ -96,6 +96,7 @@ class TimestepEmbedder(nn.Module):
         return nn.functional.pad(rows, (0, 1)) if dim % 2 else rows
 
     def forward(self, t: Tensor) -> Tensor:
+        """`(B,)` timesteps as `(B, D)` vectors in the parameters' dtype."""
         rows = self.timestep_embedding(t, self.frequency_embedding_size)
         return self.mlp(rows.to(self.mlp[0].weight.dtype))
 
@@ -114,21 +115,23 @@ class LabelEmbedder(nn.Module):
 
     def token_drop(self, labels: Tensor, force_drop_ids: Tensor | None = None) -> Tensor:
         """Labels with some made null: at random, or exactly where `force_drop_ids` is 1."""
-        if force_drop_ids is None:
-            drop = torch.rand(labels.shape[0], device=labels.device) < self.dropout_prob
-        else:
-            drop = force_drop_ids == 1
+        drop = _dropped(labels, self.dropout_prob, force_drop_ids)
         return torch.where(drop, self.num_classes, labels)
 
     def forward(self, labels: Tensor, train: bool, force_drop_ids: Tensor | None = None) -> Tensor:
-        if force_drop_ids is not None and self.dropout_prob == 0:
-            raise ValueError(
-                "force_drop_ids: got a tensor, allowed is None in a model without a null class "
-                "(class_dropout_prob=0)"
-            )
+        """`(B,)` labels as `(B, D)` vectors; `train` drops some, `force_drop_ids` says which.
+
+        Raises:
+            IndexError: a label that is neither a class nor the null class, on a CPU.
+            ValueError: `force_drop_ids` of another shape, or in a model without a null class.
+        """
         if (train and self.dropout_prob > 0) or force_drop_ids is not None:
             labels = self.token_drop(labels, force_drop_ids)
-        return self.embedding_table(labels)
+        try:
+            return self.embedding_table(labels)
+        except IndexError:
+            last = self.embedding_table.num_embeddings - 1
+            raise IndexError(f"y: got {labels.tolist()}, allowed is 0 to {last}") from None
 
 
 class VectorEmbedder(nn.Module):
@@ -148,16 +151,29 @@ class VectorEmbedder(nn.Module):
         self.dropout_prob = dropout_prob
 
     def forward(self, vectors: Tensor, train: bool, force_drop_ids: Tensor | None = None) -> Tensor:
-        if force_drop_ids is not None and self.dropout_prob == 0:
-            raise ValueError(
-                "force_drop_ids: got a tensor, allowed is None in a model without a null vector "
-                "(class_dropout_prob=0)"
-            )
+        """`(B, condition_dim)` vectors as `(B, D)`, some of them dropped as in `LabelEmbedder`.
+
+        Raises:
+            ValueError: `force_drop_ids` of another shape, or in a model without a null vector.
+        """
         vectors = vectors.to(self.mlp[0].weight.dtype)
         if (train and self.dropout_prob > 0) or force_drop_ids is not None:
-            if force_drop_ids is None:
-                drop = torch.rand(len(vectors), device=vectors.device) < self.dropout_prob
-            else:
-                drop = force_drop_ids == 1
+            drop = _dropped(vectors, self.dropout_prob, force_drop_ids)
             vectors = torch.where(drop.unsqueeze(1), self.null, vectors)
         return self.mlp(vectors)
+
+
+def _dropped(conditions: Tensor, dropout_prob: float, force_drop_ids: Tensor | None) -> Tensor:
+    """`(B,)`, which of B conditions are made null: at random, or those that are told."""
+    batch = conditions.shape[0]
+    if force_drop_ids is None:
+        return torch.rand(batch, device=conditions.device) < dropout_prob
+    if dropout_prob == 0:
+        raise ValueError(
+            "force_drop_ids: got a tensor, allowed is None in a model without a null condition "
+            "(class_dropout_prob=0)"
+        )
+    if force_drop_ids.shape != (batch,):
+        got = tuple(force_drop_ids.shape)
+        raise ValueError(f"force_drop_ids: got {got}, allowed is ({batch},), one for each of y")
+    return force_drop_ids == 1

@@ -25,10 +25,10 @@ from rich.table import Table
 
 from fastdit import images
 from fastdit.checkpoint_files import atomic_write
+from fastdit.commands.train import DIGITS
 from fastdit.digits import recognition
 from fastdit.sampling import sample
 from fastdit.trainer import TrainConfig, Trainer
-from fastdit.training import DIGITS
 
 DESIGNS = {
     "adaLN-Zero": "adaln_zero",
@@ -156,7 +156,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(1)  # CPU time is then the time that a machine to itself would take
     entries = [train_design(name, 60 * args.minutes, args.steps) for name in DESIGNS]
     picture, figure = pictures(entries), loss_figure(entries)
-    atomic_write(args.out / "gallery.png", lambda path: picture.save(path, format="png"))
+    images.save(picture, args.out / "gallery.png")
     atomic_write(
         args.out / "gallery_loss.png", lambda path: figure.savefig(path, format="png", dpi=120)
     )

@@ -1,4 +1,4 @@
-"""Samples as pictures: pixels from [-1, 1], labelled grids, and the files people exchange."""
+"""Samples as pictures: pixels from [-1, 1], and labelled grids."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from fastdit.checkpoint_files import atomic_write
 
 _LABEL_WIDTH, _LABEL_HEIGHT = 34, 20
 _GAP = 2
@@ -66,6 +68,7 @@ def grid(
     return canvas
 
 
-def save_npz(path: str | Path, pixels: np.ndarray, labels: Sequence[int]) -> None:
-    """The ADM evaluator's layout: `arr_0` the images `(B, H, W, 3)` uint8, `arr_1` their labels."""
-    np.savez(path, arr_0=pixels, arr_1=np.asarray(labels, dtype=np.int64))
+def save(picture: Image.Image, path: str | Path) -> None:
+    """A picture as a file, whole or not at all; a PNG unless the name says otherwise."""
+    kind = Image.registered_extensions().get(Path(path).suffix.lower(), "PNG")
+    atomic_write(path, lambda temporary: picture.save(temporary, format=kind))

@@ -22,9 +22,10 @@ from torch.utils.checkpoint import checkpoint
 
 from fastdit import modulation, ops, positions, sizes
 from fastdit.blocks import DiTBlock, FinalLayer, PatchEmbed
-from fastdit.designs import design_of
+from fastdit.designs import Named, design_of
 from fastdit.embeddings import LabelEmbedder, TimestepEmbedder, VectorEmbedder
 from fastdit.flops import multiply_adds
+from fastdit.ops._checks import fail
 from fastdit.sizes import SIZES
 
 
@@ -155,7 +156,7 @@ class DiT(nn.Module):
         if self.y_embedder is not None:
             embedded.append(self.y_embedder(y, self.training, force_drop_ids))
         elif force_drop_ids is not None:
-            raise ValueError("force_drop_ids: got a tensor, allowed is None in a model without y")
+            fail("force_drop_ids", "a tensor", "None in a model without y")
         if not self.design.modulated:
             return torch.stack(embedded, dim=1)
         if self.design.condition_fusion == "concat":
@@ -174,7 +175,8 @@ class DiT(nn.Module):
             ValueError: the model has none.
         """
         if not self.guidable:
-            raise ValueError("null_condition: allowed in a model built with class_dropout_prob > 0")
+            what = "without y" if self.y_embedder is None else "with class_dropout_prob=0"
+            fail("null_condition", f"a model {what}", "one with y and class_dropout_prob > 0")
         if isinstance(self.y_embedder, VectorEmbedder):
             return self.y_embedder.null.detach().expand(batch, -1)
         device = self.y_embedder.embedding_table.weight.device
@@ -186,9 +188,8 @@ class DiT(nn.Module):
         """All that x has no part in, `(B, W)`: every layer's modulations, `(6·depth + 2)·D` of them
         in the published design; cross-attention's keys and values; in-context tokens.
 
-        A sampler computes the rows of its whole schedule in one call and hands each step its own:
-        `model(x, None, None, conditioning=rows)`. Without gradients the modulations are one product
-        (`fastdit.modulation`).
+        A sampler computes its schedule's rows in one call (one product, see `fastdit.modulation`)
+        and gives each step its own: `model(x, None, None, conditioning=rows)`.
         """
         c = self.condition(t, y, force_drop_ids)
         if self.design.modulated:
@@ -222,7 +223,8 @@ class DiT(nn.Module):
             `(B, out_channels, *size)`.
 
         Raises:
-            ValueError: `x`, `t`, `y` or `conditioning` has another shape.
+            TypeError, ValueError: an argument is no tensor, or of another shape, dtype or device.
+            IndexError: a label that the model does not have, on a CPU.
         """
         grid = sizes.check_inputs(self, x, t, y, conditioning)
         c = None
@@ -271,13 +273,9 @@ class DiT(nn.Module):
             `(2B, out_channels, H, W)`, the guided channels equal in both halves.
         """
         if not 0 <= guided_channels <= self.out_channels and guided_channels != 3:
-            raise ValueError(
-                f"guided_channels: got {guided_channels}, allowed is 0 to {self.out_channels}"
-            )
+            fail("guided_channels", guided_channels, f"0 to {self.out_channels}")
         if len(x) % 2:
-            raise ValueError(
-                f"x: got {len(x)} rows, allowed is an even number (labels, then nulls)"
-            )
+            fail("x", f"{len(x)} rows", "an even number (labels, then nulls)")
         half = x[: len(x) // 2]
         out = self.forward(torch.cat([half, half]), t, y, conditioning=conditioning)
         eps, rest = out[:, :guided_channels], out[:, guided_channels:]
@@ -341,9 +339,12 @@ def _build(depth: int, hidden_size: int, num_heads: int, patch_size: int, **kwar
     return DiT(**{**sized, "patch_size": patch_size, **kwargs})
 
 
-DiT_models = {
-    f"DiT-{size}/{patch}": partial(_build, *shape, patch)
-    for size, shape in reversed(SIZES.items())
-    for patch in (2, 4, 8)
-}
+DiT_models = Named(
+    "DiT_models",
+    {
+        f"DiT-{size}/{patch}": partial(_build, *shape, patch)
+        for size, shape in reversed(SIZES.items())
+        for patch in (2, 4, 8)
+    },
+)
 """The twelve published models by name: `DiT_models["DiT-XL/2"](input_size=32)`."""

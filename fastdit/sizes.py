@@ -6,16 +6,23 @@ the grid of patches is what positions refer to. Every size is checked here, when
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastdit.designs import Design
+from fastdit.ops._checks import described
 
 Size = tuple[int, ...]
 
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 """Depth, width and heads of the paper's four sizes (Peebles & Xie 2022, table 1)."""
+
+LABELS = (torch.int64, torch.int32)
+"""What an embedding takes for an index."""
 
 
 def _positive(value: Any) -> bool:
@@ -28,7 +35,8 @@ def axes(name: str, value: int | tuple[int, ...], dims: int | None = None) -> Si
     Raises:
         ValueError: it is none of one or two axes, or of another number than `dims`.
     """
-    sizes = (value,) * (dims or 2) if isinstance(value, int) else tuple(value)
+    one = isinstance(value, int)
+    sizes = (value,) * (dims or 2) if one else tuple(value) if isinstance(value, Iterable) else ()
     if len(sizes) not in ((1, 2) if dims is None else (dims,)) or not all(map(_positive, sizes)):
         allowed = "one or two" if dims is None else {1: "one", 2: "two"}[dims]
         raise ValueError(f"{name}: got {value!r}, allowed is a positive int or {allowed} of them")
@@ -102,6 +110,12 @@ def check_config(config: dict[str, Any], design: Design) -> None:
             f"num_heads: got {config['num_heads']}, allowed is a divisor of "
             f"hidden_size = {config['hidden_size']}"
         )
+    ratio = config["mlp_ratio"]
+    if not isinstance(ratio, int | float) or not 1 <= config["hidden_size"] * ratio < math.inf:
+        least = f"1/hidden_size = 1/{config['hidden_size']}"
+        raise ValueError(f"mlp_ratio: got {ratio!r}, allowed is a number from {least}")
+    if not isinstance(config["learn_sigma"], bool):
+        raise ValueError(f"learn_sigma: got {config['learn_sigma']!r}, allowed is True or False")
     if not 0 <= config["class_dropout_prob"] <= 1:
         raise ValueError(
             f"class_dropout_prob: got {config['class_dropout_prob']!r}, allowed is 0 to 1"
@@ -119,8 +133,12 @@ def check_inputs(
     """The grid of x; whether t and y fit it, or in their place the conditioning's rows.
 
     Raises:
-        ValueError: an argument has a shape that the model does not take.
+        TypeError: an argument is no tensor.
+        ValueError: an argument has a shape, dtype or device that the model does not take.
     """
+    for name, value in (("x", x), ("t", t), ("y", y), ("conditioning", conditioning)):
+        if not isinstance(value, Tensor) and (value is not None or name == "x"):
+            raise TypeError(f"{name}: got {type(value).__name__}, allowed is a tensor")
     size, batch = _checked_size(model, x), x.shape[0]
     wanted: dict[str, tuple[Tensor | None, tuple[int, ...] | None]]
     if conditioning is None:
@@ -133,6 +151,10 @@ def check_inputs(
         got = None if value is None else tuple(value.shape)
         if got != shape:
             raise ValueError(f"{name}: got {got}, allowed is {shape}")
+        if value is not None and value.device != x.device:
+            raise ValueError(f"{name}: got {described(value)}, allowed is on {x.device}, as x is")
+    if conditioning is None and model.num_classes and y.dtype not in LABELS:
+        raise ValueError(f"y: got {described(y)}, allowed is int64 or int32 labels")
     return grid(size, model.patch)
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdit import data as datasets
+from fastdit.backends import checked_device
 from fastdit.diffusion import create_diffusion
 from fastdit.flow import Transport, create_transport
 from fastdit.model import DiT, DiT_models
@@ -122,6 +123,11 @@ class TrainConfig:
             raise ValueError(
                 f"model: got {self.model!r}, allowed is custom, {', '.join(DiT_models)}"
             )
+        for name in ("lr", "weight_decay", "warmup_steps", "sample_every"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: got {getattr(self, name)}, allowed is 0 or more")
+        if self.clip_grad is not None and not self.clip_grad > 0:
+            raise ValueError(f"clip_grad: got {self.clip_grad}, allowed is None or above 0")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema: got {self.ema}, allowed is 0 to below 1")
         if self.objective == "flow":
@@ -188,8 +194,8 @@ class Trainer:
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
+        self.device = checked_device(config.device)
         self.data = datasets.load_data(config.data, config.image_size, config.buckets)
-        self.device = torch.device(config.device)
         torch.manual_seed(config.seed)
         self.model = build_model(config, self.data).to(self.device).train()
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False)

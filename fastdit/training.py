@@ -7,9 +7,7 @@ ends with the same bits as if nothing had happened (`fastdit.trainer` says how).
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import dataclasses
 import importlib.util
 import signal
 import threading
@@ -22,34 +20,13 @@ import torch
 from torch import Tensor
 
 from fastdit import images
-from fastdit.backends import devices
 from fastdit.checkpoint import atomic_write, save_model
-from fastdit.commands import design_options
 from fastdit.data import order
 from fastdit.flow import transport_metadata
 from fastdit.sampling import sample
-from fastdit.sizes import parse_axes
 from fastdit.trainer import TrainConfig, Trainer
 
-SUMMARY = "train a DiT on a folder of images, an .npz file, or the digits"
 STATE, WEIGHTS, CURVE = "state.pt", "ema.safetensors", "loss.png"
-
-
-DIGITS = {
-    "steps": 7000,
-    "batch_size": 64,
-    "lr": 1e-3,
-    "schedule": "cosine",
-    "ema": 0.998,
-    "warmup_steps": 100,
-    "flip": False,
-    "save_every": 1000,
-    "sample_every": 1000,
-}
-"""What `--data digits` changes of the defaults: the recipe of the weights that ship."""
-
-DIGITS_FLOW = {"learn_sigma": False, "t_sampling": "logit_normal", "time_scale": 1000.0}
-"""What `--data digits --objective flow` changes besides."""
 
 
 def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -> Trainer:
@@ -68,13 +45,13 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -
     if importlib.util.find_spec("matplotlib") is None:
         raise ImportError("training draws its loss with matplotlib: pip install 'fastdit[train]'")
     out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
     found = (out / STATE).exists()
     if found and not resume:
         raise FileExistsError(f"--out: {str(out)!r} holds a run; pass --resume or another folder")
     if resume and not found:
         raise FileNotFoundError(f"--resume: there is no {STATE} in {str(out)!r}")
     trainer = Trainer(config)
+    out.mkdir(parents=True, exist_ok=True)
     if resume:
         trainer.restore(torch.load(out / STATE, map_location=trainer.device, weights_only=True))
     with _asked_to_stop() as stop:
@@ -160,7 +137,7 @@ def save_samples(trainer: Trainer, path: Path) -> None:
     shown = out if pixels else out[:, :3] / out[:, :3].abs().amax()
     scale = max(1, 64 // out.shape[-1])
     labels = [str(row) for row in range(rows)]
-    images.grid(images.to_uint8(shown), 8, scale=scale, row_labels=labels).save(path)
+    images.save(images.grid(images.to_uint8(shown), 8, scale=scale, row_labels=labels), path)
 
 
 def plot_signals(signals: Tensor, path: Path) -> None:
@@ -196,44 +173,3 @@ def plot_losses(losses: list[float], path: Path) -> None:
     axes.legend()
     figure.savefig(path, format="png", dpi=120)
     plt.close(figure)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """One option for each field of `TrainConfig`; what is not given is the data's default."""
-    kinds = {"int": int, "float": float, "str": str, "float | None": float, "str | None": str}
-    kinds["int | tuple[int, ...]"] = parse_axes
-    design_options.add_arguments(parser)
-    for field in dataclasses.fields(TrainConfig):
-        if field.name == "design":
-            continue
-        option = f"--{field.name.replace('_', '-')}"
-        required = field.default is dataclasses.MISSING
-        shown = "" if required else f"default {field.default}"
-        for case, recipe in (("digits", DIGITS), ("digits with flow", DIGITS_FLOW)):
-            if field.name in recipe:
-                shown += f"; {case}: {recipe[field.name]}"
-        if field.type == "bool":
-            action = argparse.BooleanOptionalAction
-            parser.add_argument(option, action=action, default=None, help=shown)
-        else:
-            kind = kinds[str(field.type)]
-            parser.add_argument(option, type=kind, required=required, default=None, help=shown)
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
-
-
-def config_from(args: argparse.Namespace) -> TrainConfig:
-    """The options given, over the data's recipe, over the defaults."""
-    names = {field.name for field in dataclasses.fields(TrainConfig)}
-    given = {k: v for k, v in vars(args).items() if k in names and v is not None}
-    recipe = DIGITS if args.data == "digits" else {}
-    if recipe and args.objective == "flow":
-        recipe = recipe | DIGITS_FLOW
-    design = design_options.options_from(args)
-    return TrainConfig(**{"device": devices()[-1], **recipe, **given, "design": design})
-
-
-def run(args: argparse.Namespace) -> None:
-    """`fastdit train`."""
-    config = config_from(args)
-    trainer = train(config, resume=args.resume)
-    print(f"{trainer.steps_done} steps; weights for load_model in {Path(config.out) / WEIGHTS}")

@@ -13,6 +13,7 @@ from PIL import Image
 from fastdit import cli, training
 from fastdit.buckets import BucketedData, load_files, parse_sizes
 from fastdit.checkpoint import load_model
+from fastdit.commands import train as train_command
 from fastdit.data import ArrayData, batch_order, load_data
 from fastdit.trainer import TrainConfig, Trainer
 
@@ -143,4 +144,4 @@ def test_signals_and_vectors_train_and_draw(tmp_path, monkeypatch):
     for text, patch in (("2", 2), ("8,2", (8, 2)), ("3,", (3,))):
         argv = ["train", "--data", "x", "--out", "y", "--patch-size", text]
         args = cli.build_parser().parse_args(argv)
-        assert training.config_from(args).patch_size == patch
+        assert train_command.config_from(args).patch_size == patch

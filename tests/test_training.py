@@ -18,6 +18,7 @@ import fastdit
 from fastdit import cli, digits, training
 from fastdit import trainer as trainer_module
 from fastdit.checkpoint import load_model
+from fastdit.commands import train as train_command
 from fastdit.flow import load_transport
 from fastdit.trainer import DivergedError, TrainConfig, Trainer, learning_rate
 from fastdit.training import train
@@ -215,7 +216,7 @@ def test_other_designs_train_and_sample(tmp_path, changes, monkeypatch):
 def test_the_command_takes_every_choice_of_design(tmp_path):
     argv = ["train", "--data", "digits", "--out", str(tmp_path), "--preset", "literal"]
     argv += ["--conditioning", "adaln_zero", "--rope", "--qk-norm", "none", "--frequency-dim", "64"]
-    config = training.config_from(cli.build_parser().parse_args(argv))
+    config = train_command.config_from(cli.build_parser().parse_args(argv))
     assert config.design == {
         **fastdit.presets["literal"],
         "conditioning": "adaln_zero",
@@ -271,13 +272,15 @@ def test_the_command_trains_on_a_folder_and_takes_the_recipe_of_digits(tmp_path,
     cli.main([*argv, *options.split(), "--batch-size", "4", "--no-flip"])
     assert "2 steps" in capsys.readouterr().out
     parser = cli.build_parser()
-    recipe = training.config_from(parser.parse_args(["train", "--data", "digits", "--out", "x"]))
-    assert {k: getattr(recipe, k) for k in training.DIGITS} == training.DIGITS
+    recipe = train_command.config_from(
+        parser.parse_args(["train", "--data", "digits", "--out", "x"])
+    )
+    assert {k: getattr(recipe, k) for k in train_command.DIGITS} == train_command.DIGITS
     given = ["train", "--data", "digits", "--out", "x", "--lr", "0.5", "--flip"]
-    changed = training.config_from(parser.parse_args(given))
+    changed = train_command.config_from(parser.parse_args(given))
     assert (changed.lr, changed.flip) == (0.5, True)
-    flow = training.config_from(parser.parse_args([*given, "--objective", "flow"]))
-    assert flow.transport().config["time_scale"] == training.DIGITS_FLOW["time_scale"]
+    flow = train_command.config_from(parser.parse_args([*given, "--objective", "flow"]))
+    assert flow.transport().config["time_scale"] == train_command.DIGITS_FLOW["time_scale"]
 
 
 def test_the_shipped_digits_are_recognised():

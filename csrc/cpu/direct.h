@@ -5,7 +5,8 @@
 // table, 50 ns each, and asks PyTorch for the result alone. It runs only where nobody could tell the
 // difference: plain CPU tensors of the dtypes and shapes that the op allows, nothing to
 // differentiate, no mode, transform, trace or profiler that wants to see the op. Otherwise it
-// returns None, having done nothing, and the ordinary call follows.
+// returns, having done nothing, NotImplemented where only autograd has to see the call, whose
+// arguments are in order, and None elsewhere: the ordinary call follows.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -25,7 +26,7 @@ extern const dlpack::ExchangeApi* exchange;
 
 // What Python hands over once, in this order; fastdit/native_kernels/direct.py.
 struct Constants {
-  PyObject *none, *yes, *no, *layer, *rms;
+  PyObject *none, *left_to_autograd, *yes, *no, *layer, *rms;
   PyObject *float32, *bfloat16, *float16;  // dtypes
   PyObject *tensor, *parameter, *integer;  // types: of plain tensors, and int
   PyObject *empty_like, *empty_strided;    // the second is private, faster, or None
@@ -44,7 +45,12 @@ struct Query {
   PyObject *self = nullptr, *callable = nullptr, *wanted = nullptr;
 };
 
+// Whether a tensor that was read since the last answer is differentiated. (Of this thread: asking
+// PyTorch lets others have the interpreter.)
+extern constinit thread_local bool gradient_wanted;
+
 inline PyObject* refuse() {
+  gradient_wanted = false;
   python.PyErr_Clear();
   python.Py_IncRef(constants.none);
   return constants.none;
@@ -58,10 +64,17 @@ inline bool is(PyObject* result, PyObject* wanted) {
 
 // Whether no mode, transform, trace or profiler is on.
 bool unobserved();
-// Whether a tensor is plain, on the CPU, and nobody differentiates it.
+// The answer instead of a result where a gradient is wanted, else null.
+inline PyObject* left_to_autograd() {
+  if (!gradient_wanted) return nullptr;
+  gradient_wanted = false;
+  python.Py_IncRef(constants.left_to_autograd);
+  return constants.left_to_autograd;
+}
+// Whether a tensor is plain and on the CPU; notes whether it is differentiated.
 bool plain(PyObject* object, dlpack::Tensor& t);
 
-// A plain CPU tensor that nobody differentiates, of one of the kernels' dtypes.
+// A plain CPU tensor of one of the kernels' dtypes.
 struct Operand {
   dlpack::Tensor t;
   Type type = Type::f32;

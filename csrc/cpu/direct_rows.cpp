@@ -70,6 +70,7 @@ PyObject* adaln(PyObject*, PyObject* const* o, long count) {
   Adaln a;
   if (count != 8 || !read_stream(o[0], x) || !read_options(o + 1, x, a) || !unobserved())
     return refuse();
+  if (PyObject* left = left_to_autograd()) return left;
   PyObject* out = new_like(o[0], x, a.out);
   if (!out) return refuse();
   run_rows(a, x.size(0));
@@ -82,6 +83,7 @@ PyObject* gated_adaln(PyObject*, PyObject* const* o, long count) {
   if (count != 10 || !read_stream(o[0], x) || !read_branch(o + 1, x, y, a.gate) ||
       !read_options(o + 3, x, a) || !unobserved())
     return refuse();
+  if (PyObject* left = left_to_autograd()) return left;
   a.y = y.rows();
   PyObject *h = new_like(o[0], x, a.h), *out = h ? new_like(o[0], x, a.out) : nullptr;
   if (out) run_rows(a, x.size(0));
@@ -94,6 +96,7 @@ PyObject* gated_residual(PyObject*, PyObject* const* o, long count) {
   GatedResidual a;
   if (count != 3 || !read_stream(o[0], x) || !read_branch(o + 1, x, y, a.gate) || !unobserved())
     return refuse();
+  if (PyObject* left = left_to_autograd()) return left;
   PyObject* out = new_like(o[0], x, a.out);
   if (!out) return refuse();
   a.x = x.rows(), a.y = y.rows(), a.tokens = x.size(1), a.width = x.size(2);
@@ -109,6 +112,7 @@ PyObject* bias_gelu(PyObject*, PyObject* const* o, long count) {
   a.width = x.size(x.t.ndim - 1);
   if (o[1] == constants.none || !read_parameter(o[1], a.width, a.bias) || !unobserved())
     return refuse();
+  if (PyObject* left = left_to_autograd()) return left;
   PyObject* out = new_like(o[0], x, a.out);
   if (!out) return refuse();
   a.x = x.data(), a.type = x.type;

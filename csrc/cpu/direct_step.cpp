@@ -111,7 +111,7 @@ PyObject* diffusion_step(PyObject*, PyObject* const* o, long count) {
   if (o[9] != constants.none &&
       (call.noise || !read_index(o[9], call.batch, seed, call.seed, call.seed_per_sample)))
     return refuse();
-  if (!steps_fit(call) || !unobserved()) return refuse();
+  if (!steps_fit(call) || gradient_wanted || !unobserved()) return refuse();
   PyObject *next = new_like(o[0], x, call.next), *x0 = next ? new_like(o[0], x, call.x0) : nullptr;
   if (x0) unlocked(x.count(), [&] { diffusion_step_all(call); });
   PyObject* both = pair(next, x0);

@@ -23,7 +23,8 @@ PyObject* unpatchify(PyObject*, PyObject* const* o, long count) {
            image ? grid[0] : 1, grid[axes - 1],
            image ? patch[0] : 1, patch[axes - 1]};
   if (channels < 1 || channels > tokens.size(2) ||
-      !tokens.has_shape({l.samples, l.tokens(), l.token_width()}) || !unobserved())
+      !tokens.has_shape({l.samples, l.tokens(), l.token_width()}) || gradient_wanted ||
+      !unobserved())
     return refuse();
   l.token_batch = tokens.t.strides[0], l.token = tokens.t.strides[1];
   l.row = l.width(), l.plane = l.height() * l.width(), l.image_batch = channels * l.plane;

@@ -157,7 +157,7 @@ def run(args: argparse.Namespace) -> None:
         images.to_uint8(digits), 10, scale=6, row_labels=[str(digit) for digit in range(10)]
     )
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(args.out)
+    images.save(picture, args.out)
     console.print(f"wrote {args.out}: {how}")
     console.print(f"timing {args.rounds} rounds of {steps} steps each ...")
     device = next(model.parameters()).device.type

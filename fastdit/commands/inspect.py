@@ -162,7 +162,7 @@ def run(args: argparse.Namespace) -> None:
     )
     if args.filmstrip:
         picture = filmstrip(frames, args.classes, args.frames)
-        atomic_write(args.out, lambda path: picture.save(path, format="png"))
+        images.save(picture, args.out)
     else:
         frame = frames[round(args.at * (len(frames) - 2))]
         first = Frame(frame.time, frame.x[:1], frame.data[:1])

@@ -1,7 +1,8 @@
 """Direct calls into the compiled library, past PyTorch's dispatcher: csrc/cpu/direct.cpp.
 
 A direct call takes the schema arguments of one op, unchecked, and returns what the public function
-returns, or None where the ordinary call has to decide.
+returns; NotImplemented where they are in order and only autograd has to see the call; or None, and
+the ordinary call has to decide.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def _constants() -> tuple[Any, ...]:
     # What torch.compile's code allocates with, in half of empty_like's time, or None.
     guards = getattr(torch._C._dynamo, "guards", None)
     return (
-        *(None, True, False, "layer", "rms"),
+        *(None, NotImplemented, True, False, "layer", "rms"),
         *(torch.float32, torch.bfloat16, torch.float16),
         *(torch.Tensor, torch.nn.Parameter, int),
         *(torch.empty_like, getattr(guards, "_empty_strided_cpu", None)),

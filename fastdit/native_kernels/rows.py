@@ -18,13 +18,13 @@ from fastdit.ops import _library
 
 NAMES = ("adaln", "gated_adaln", "gated_residual", "bias_gelu")
 _WORTH_A_NODE = {
-    "adaln": 65536,
-    "gated_adaln": 49152,
-    "gated_residual": 262144,
-    "bias_gelu": 24576,
+    "adaln": 1536,
+    "gated_adaln": 1024,
+    "gated_residual": 65536,
+    "bias_gelu": 6144,
 }
 """Elements of x from which a differentiated call is faster than eager, forward and backward
-together: an autograd node in Python costs 100 µs, eager's nodes in C++ a few each. Without
+together: an autograd node in Python costs 40 µs, eager's nodes in C++ a few each. Without
 gradients the kernels are faster at every size. (One thread, AVX-512; benchmarks/.)"""
 STORED = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -60,7 +60,13 @@ def kernel(name: str, run: Callable[..., Any] | None = None, **options) -> backe
 
 KERNELS = (
     *(
-        kernel(name, checks_arguments=True, direct=direct_call(name), slower=_slower(name))
+        kernel(
+            name,
+            checks_arguments=True,
+            direct=direct_call(name),
+            slower=_slower(name),
+            differentiated_from=_WORTH_A_NODE[name],
+        )
         for name in NAMES
     ),
     *(kernel(f"{name}_backward") for name in NAMES),

@@ -13,13 +13,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastdit import backends
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 _LIB = torch.library.Library("fastdit", "DEF")
 OPS: dict[str, Op] = {}
@@ -52,16 +54,18 @@ def _transformed() -> bool:
 def _ordinary(args: tuple[Any, ...]) -> bool:
     """Whether the dispatcher would only run the kernel: plain tensors of one device, and neither a
     trace nor a mode nor a transform that wants to see the op."""
-    device = args[0].device
-    return not (
+    if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._get_tracing_state()
         or _transformed()
-        or any(
-            isinstance(a, Tensor) and (type(a) not in _PLAIN or a.device != device) for a in args
-        )
-    )
+    ):
+        return False
+    device = args[0].device
+    for value in args:
+        if isinstance(value, Tensor) and (type(value) not in _PLAIN or value.device != device):
+            return False
+    return True
 
 
 class Definition:
@@ -123,6 +127,27 @@ def present(
     return [g if t is not None else None for g, t in zip(gradients, inputs, strict=True)]
 
 
+def _node(
+    name: str, setup_context: Callable[..., None], backward: Callable[..., Any]
+) -> Callable[..., Any]:
+    """An op for calls that only autograd needs to see, of a kernel's `run`, a device and arguments.
+
+    register_autograd's way through the dispatcher costs 70 µs more, forward and backward, and an
+    `autograd.Function` with a `setup_context` of its own 25: it binds a signature at each call.
+    """
+
+    def forward(ctx: Any, run: Callable[..., Any], device: str, *args: Any) -> Any:
+        results = _without_autocast(run, device, args)
+        setup_context(ctx, args, results)
+        return results
+
+    def gradients(ctx: Any, *incoming: Any) -> Any:
+        return None, None, *backward(ctx, *incoming)
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(gradients)}
+    return type(name, (torch.autograd.Function,), methods).apply
+
+
 class Op:
     """A differentiable op: its public function's checks, its schema op and its reference.
 
@@ -150,24 +175,18 @@ class Op:
         torch.library.register_autograd(
             f"fastdit::{self.name}", backward, setup_context=setup_context, lib=_LIB
         )
-        # The same for a call that only autograd needs to see; register_autograd's way through the
-        # dispatcher costs 70 µs more.
-        self.function = type(
-            self.name,
-            (torch.autograd.Function,),
-            {
-                "forward": staticmethod(definition.run),
-                "setup_context": staticmethod(setup_context),
-                "backward": staticmethod(backward),
-            },
-        )
+        self._apply = _node(self.name, setup_context, backward)
         OPS[self.name] = self
 
-    def public(self, checks: Callable[..., tuple[Any, ...]]) -> Callable[[Any], Any]:
-        """Decorate the public function with the checks that turn its call into schema arguments."""
+    def public(self, checks: Callable[..., tuple[Any, ...]]) -> Callable[[Function], Function]:
+        """Decorate the public function with the checks that turn its call into schema arguments.
+
+        They have the public function's names of arguments, in the schema's order where it calls
+        `checked`.
+        """
         self.checks = checks
 
-        def decorate(function: Any) -> Any:
+        def decorate(function: Function) -> Function:
             self.signature = inspect.signature(function)
             return function
 
@@ -177,28 +196,40 @@ class Op:
         """The device type and the checked schema arguments of a call of the public function."""
         bound = self.signature.bind(*args, **kwargs)
         bound.apply_defaults()
-        schema_args = self.checks(*bound.args, **bound.kwargs)
+        schema_args = self.checks(**bound.arguments)
         return schema_args[0].device.type, schema_args
 
-    def unchecked(self, *args: Any) -> Any:
-        """Run a kernel that checks its arguments itself on arguments that nobody checked yet.
+    def checked(self, *args: Any, known: bool = False) -> Any:
+        """The public function's work, of schema arguments that nobody checked yet.
 
-        Returns None where there is none, where the call is differentiated or traced, and where
-        the kernel refuses: the caller then checks the arguments, which tells what is wrong. The
-        checks in Python cost more than a small kernel (diffusion_step at 1×4×32×32: 3.5 of 15 µs).
+        `known` tells that a direct call did: all is in order, and only autograd has to see it. A
+        kernel that checks its arguments itself runs at once: the checks in Python cost more than a
+        small one (diffusion_step at 1×4×32×32: 3.5 of 15 µs). Where it refuses, they tell what is
+        wrong.
         """
-        if torch.compiler.is_compiling():
-            return None
-        if not isinstance(args[0], Tensor) or differentiates(args) or not _ordinary(args):
-            return None
+        if known:
+            if args[0].numel() < backends.differentiated_from[self.name]:
+                return self.reference(*args)
+            run = backends.kernels_for(self.name, "cpu")[0].run
+            return self._returned(self._apply(run, "cpu", *args))
+        if torch.compiler.is_compiling() or not isinstance(args[0], Tensor) or not _ordinary(args):
+            return self(*self.checks(*args))
         device = args[0].device.type
         kernel = backends.select(self.name, device, args)
-        if kernel is None or not kernel.checks_arguments:
-            return None
-        try:
-            return self._returned(_without_autocast(kernel.run, device, args))
-        except RuntimeError:
-            return None
+        if kernel is None:
+            return self.reference(*self.checks(*args))
+        if kernel.checks_arguments:
+            try:
+                return self._run(kernel, device, args)
+            except RuntimeError:
+                pass
+        return self(*self.checks(*args))
+
+    def _run(self, kernel: backends.Kernel, device: str, args: tuple[Any, ...]) -> Any:
+        """Of a call that only autograd may need to see."""
+        if differentiates(args):
+            return self._returned(self._apply(kernel.run, device, *args))
+        return self._returned(_without_autocast(kernel.run, device, args))
 
     def _returned(self, results: Any) -> Any:
         """Of the schema op's results, those that the public function returns."""
@@ -212,9 +243,7 @@ class Op:
         if chosen is None:
             return self.reference(*args)
         if _ordinary(args):
-            if differentiates(args):
-                return self._returned(self.function.apply(*args))
-            return self._returned(_without_autocast(chosen.run, device, args))
+            return self._run(chosen, device, args)
         if (
             backends.current_backend() == "auto"
             and not torch.compiler.is_compiling()

@@ -73,7 +73,7 @@ _adaln = Op(
 )
 
 
-def _arguments(x, shift, scale, eps, *, weight, bias, norm, plus_one):
+def _arguments(x, shift, scale, weight, bias, eps, norm, plus_one):
     _checks.tensor("x", x, (3,), "(B, N, D)")
     if shift is not None:
         _checks.modulation("shift", shift, x)
@@ -114,15 +114,8 @@ def adaln(
 
     Source: Peebles & Xie 2022, adaLN; the published code's `modulate(norm(x), shift, scale)`.
     """
-    out = (
-        None
-        if is_dynamo_compiling()
-        else direct_calls["adaln"](x, shift, scale, weight, bias, eps, norm, plus_one)
-    )
-    if out is None:
-        out = _adaln.unchecked(x, shift, scale, weight, bias, eps, norm, plus_one)
-    if out is not None:
-        return out
-    return _adaln(
-        *_arguments(x, shift, scale, eps, weight=weight, bias=bias, norm=norm, plus_one=plus_one)
-    )
+    args = x, shift, scale, weight, bias, eps, norm, plus_one
+    out = None if is_dynamo_compiling() else direct_calls["adaln"](*args)
+    if out is None or out is NotImplemented:
+        return _adaln.checked(*args, known=out is not None)
+    return out

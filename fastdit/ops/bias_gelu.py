@@ -69,8 +69,6 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     Source: Hendrycks & Gimpel 2016; `nn.GELU(approximate="tanh")` of the published MLP.
     """
     out = None if is_dynamo_compiling() else direct_calls["bias_gelu"](x, bias)
-    if out is None:
-        out = _bias_gelu.unchecked(x, bias)
-    if out is not None:
-        return out
-    return _bias_gelu(*_arguments(x, bias))
+    if out is None or out is NotImplemented:
+        return _bias_gelu.checked(x, bias, known=out is not None)
+    return out

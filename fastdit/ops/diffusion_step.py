@@ -145,13 +145,12 @@ def _arguments(
     model_output,
     table,
     step,
-    *,
     noise,
-    seed,
     x0_previous,
     clip,
     learned_range,
     guided_channels,
+    seed,
     patch,
 ):
     _checks.tensor("x", x, range(2, 6), "(B, C, ...)")
@@ -256,21 +255,5 @@ def diffusion_step(
         and not isinstance(seed, int)
         and not isinstance(patch, int)
     ):
-        results = _diffusion_step.unchecked(*args)
-        if results is not None:
-            return results
-    return _diffusion_step(
-        *_arguments(
-            x,
-            model_output,
-            table,
-            step,
-            noise=noise,
-            seed=seed,
-            x0_previous=x0_previous,
-            clip=clip,
-            learned_range=learned_range,
-            guided_channels=guided_channels,
-            patch=patch,
-        )
-    )
+        return _diffusion_step.checked(*args)
+    return _diffusion_step(*_arguments(*args))

@@ -73,7 +73,7 @@ _gated_adaln = Op(
 )
 
 
-def _arguments(x, y, gate, shift, scale, eps, *, weight, bias, norm, plus_one):
+def _arguments(x, y, gate, shift, scale, weight, bias, eps, norm, plus_one):
     check_branch(x, y, gate)
     if shift is not None:
         _checks.modulation("shift", shift, x)
@@ -115,12 +115,6 @@ def gated_adaln(
     """
     args = x, y, gate, shift, scale, weight, bias, eps, norm, plus_one
     results = None if is_dynamo_compiling() else direct_calls["gated_adaln"](*args)
-    if results is None:
-        results = _gated_adaln.unchecked(*args)
-    if results is not None:
-        return results
-    return _gated_adaln(
-        *_arguments(
-            x, y, gate, shift, scale, eps, weight=weight, bias=bias, norm=norm, plus_one=plus_one
-        )
-    )
+    if results is None or results is NotImplemented:
+        return _gated_adaln.checked(*args, known=results is not None)
+    return results

@@ -78,8 +78,6 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     Source: Peebles & Xie 2022, adaLN-Zero.
     """
     out = None if is_dynamo_compiling() else direct_calls["gated_residual"](x, y, gate)
-    if out is None:
-        out = _gated_residual.unchecked(x, y, gate)
-    if out is not None:
-        return out
-    return _gated_residual(*_arguments(x, y, gate))
+    if out is None or out is NotImplemented:
+        return _gated_residual.checked(x, y, gate, known=out is not None)
+    return out

@@ -29,7 +29,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, dtokens):
-    mask = list(ctx.needs_input_grad)
+    mask = list(ctx.needs_input_grad[-4:])
     gradients = _patch_embed_backward(dtokens.contiguous(), *ctx.saved_tensors, mask)
     return tuple(g if needed else None for g, needed in zip(gradients, mask, strict=True))
 
@@ -102,7 +102,5 @@ def patch_embed(
     Source: Dosovitskiy et al. 2020, equation 1; the published `x_embedder(x) + pos_embed`.
     """
     if isinstance(x, Tensor) and _checks.autocast_dtype(x) is None:
-        tokens = _patch_embed.unchecked(x, weight, bias, pos)
-        if tokens is not None:
-            return tokens
+        return _patch_embed.checked(x, weight, bias, pos)
     return _patch_embed(*_arguments(x, weight, bias, pos))

@@ -104,7 +104,5 @@ def unpatchify(
             return image
     if isinstance(tokens, Tensor) and isinstance(grid, tuple | list):
         patches = [patch] * len(grid) if isinstance(patch, int) else patch
-        image = _unpatchify.unchecked(tokens, patches, grid, channels)
-        if image is not None:
-            return image
+        return _unpatchify.checked(tokens, patches, grid, channels)
     return _unpatchify(*_arguments(tokens, patch, grid, channels))
