@@ -8,9 +8,9 @@ disturb little. With more it is timed in wall time, which other processes ruin (
 OpenMP's barriers by a factor of ten): a turn during which others ran is repeated until the machine
 is idle or `patience` is spent, and is then counted as disturbed.
 
-Before the first turn one large tensor is freed. After that glibc's allocator keeps what is freed, as
-it does in any process that has run a model; until then it returns blocks of some MB to the system
-by turns, and page faults make one function take one or three times as long, by chance.
+Before the first turn one large tensor is freed. After that glibc's allocator keeps what is freed,
+as it does in any process that has run a model; until then it returns blocks of some MB to the
+system by turns, and page faults make one function take one or three times as long, by chance.
 
 On a GPU a turn is the median of many calls between CUDA events. They are enqueued behind a kernel
 that waits, so that the device never idles for the host, and before each the L2 cache is filled with

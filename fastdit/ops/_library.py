@@ -200,8 +200,8 @@ class Op:
     def checked(self, *args: Any, known: bool = False) -> Any:
         """The public function's work, of schema arguments that nobody checked yet.
 
-        `known` tells that a direct call did: all is in order, and only autograd has to see the call.
-        A kernel that checks its arguments itself runs at once: the checks in Python cost more than a
+        `known` tells that a direct call did: all is in order, and only autograd has to see it. A
+        kernel that checks its arguments itself runs at once: the checks in Python cost more than a
         small one (diffusion_step at 1×4×32×32: 3.5 of 15 µs). Where it refuses, they tell what is
         wrong.
         """
