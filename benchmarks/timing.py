@@ -205,14 +205,3 @@ def ratios(first: list[float], times: list[float]) -> tuple[float, float, float]
     """Speed over the first: median, least and largest of the turns' ratios."""
     found = [a / b for a, b in zip(first, times, strict=True)]
     return statistics.median(found), min(found), max(found)
-
-
-def print_table(title: str, candidates: Candidates, rounds: int) -> None:
-    """A line for each candidate; its ratio is the median of the turns' ratios to the first's."""
-    print(f"\n{title}")
-    found = timed(candidates, rounds)
-    first = next(iter(found.values()))
-    for name, times in found.items():
-        middle, low, high = (1e6 * f(times) for f in (statistics.median, min, max))
-        ratio = ratios(first, times)[0]
-        print(f"  {name:18} {middle:9.1f} [{low:.1f}..{high:.1f}]  {ratio:6.2f}x", flush=True)

@@ -132,17 +132,25 @@ FORWARD: Table = {
         Tile(96, 128, 32, 8, 2),
         Tile(128, 128, 64, 8, 2),
     ),
-    # A second stage takes 226 registers where one takes 159, half the waves.
+    # A second stage takes 226 registers where one takes 159, half the waves. Of 16 channels 4 warps
+    # would load 64 bits a thread.
     "gfx942": (
+        Tile(16, 64, 64, 2, 1),
         Tile(128, 64, 32, 4, 1, tokens=64),
         Tile(64, 128, 64, 4, 1),
         Tile(128, 128, 32, 4, 1),
     ),
 }
 FORWARD_FP32: Table = {
-    # IEEE products are fused multiply-adds of operands in registers: 64 rows spill.
-    "any": (Tile(80, 32, 32, 4, 2), Tile(128, 32, 16, 4, 2)),
-    "gfx942": (Tile(128, 32, 32, 4, 1),),
+    # IEEE products are fused multiply-adds of operands in registers: 64 rows spill, and wide heads
+    # on 4 warps do where keys are masked (128 channels, sm_90: 255 registers, 266 spilled).
+    "sm_100": (
+        Tile(64, 32, 32, 4, 2),
+        Tile(80, 32, 32, 4, 2, max_registers=128),
+        Tile(128, 32, 16, 8, 2, max_registers=128),
+    ),
+    "any": (Tile(80, 32, 32, 4, 2), Tile(128, 32, 16, 8, 2, max_registers=128)),
+    "gfx942": (Tile(16, 32, 32, 2, 1), Tile(128, 32, 32, 4, 1)),
 }
 
 

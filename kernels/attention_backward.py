@@ -133,7 +133,7 @@ def dkv_kernel(
 DQ: Table = {
     # HMMA: 64 keys would take 248 registers at 72 channels, 32 take 168 and leave 12 warps.
     "sm_80": (Tile(128, 64, 32, 4, 2),),
-    "sm_86": (Tile(128, 64, 32, 4, 2),),
+    "sm_86": (Tile(120, 64, 32, 4, 2), Tile(128, 64, 32, 4, 2, max_registers=192)),
     "sm_90": (Tile(128, 64, 64, 4, 2, tokens=64), Tile(128, 128, 64, 8, 2)),
     # 104 and 112 channels are three parts: with 64 keys 576 columns of tensor memory, of 512.
     "sm_100": (
@@ -142,13 +142,14 @@ DQ: Table = {
         Tile(112, 128, 32, 8, 2),
         Tile(128, 128, 64, 8, 2),
     ),
-    "gfx942": (Tile(128, 64, 32, 4, 1),),
+    "gfx942": (Tile(16, 64, 64, 2, 1), Tile(128, 64, 32, 4, 1)),
 }
 DKV: Table = {
     # k and v stay in registers beside two accumulators: with 32 queries a tile, 72 channels take
     # 255 registers and spill on sm_120; with 16, 168 and leave 12 warps where 255 leave 8.
     "sm_80": (Tile(64, 32, 64, 4, 2), Tile(112, 16, 64, 4, 2), Tile(128, 64, 64, 8, 2)),
     "sm_86": (
+        Tile(16, 32, 64, 4, 2, max_registers=96),
         Tile(64, 32, 64, 4, 2),
         Tile(96, 16, 64, 4, 2),
         Tile(112, 16, 32, 4, 2),
@@ -166,10 +167,18 @@ DKV: Table = {
         Tile(64, 64, 128, 8, 2),
         Tile(128, 64, 128, 8, 1),
     ),
-    "gfx942": (Tile(128, 32, 64, 4, 1),),
+    "gfx942": (Tile(16, 64, 64, 2, 1), Tile(128, 32, 64, 4, 1)),
 }
-DQ_FP32: Table = {"any": (Tile(128, 32, 16, 4, 2),), "gfx942": (Tile(128, 32, 16, 4, 1),)}
-DKV_FP32: Table = {"any": (Tile(128, 16, 32, 4, 2),), "gfx942": (Tile(128, 16, 32, 4, 1),)}
+DQ_FP32: Table = {
+    "sm_80": (Tile(64, 32, 16, 4, 2), Tile(80, 32, 16, 8, 2), Tile(128, 32, 16, 4, 2)),
+    "any": (Tile(128, 32, 16, 4, 2),),
+    "gfx942": (Tile(16, 32, 16, 2, 1), Tile(128, 32, 16, 4, 1)),
+}
+DKV_FP32: Table = {
+    "sm_80": (Tile(128, 16, 32, 4, 2, max_registers=168),),
+    "any": (Tile(128, 16, 32, 4, 2),),
+    "gfx942": (Tile(16, 16, 32, 2, 1), Tile(128, 16, 32, 4, 1)),
+}
 
 
 def attention_backward(

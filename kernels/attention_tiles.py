@@ -96,8 +96,11 @@ def launch_tile(
     """Launch with the first row that fits, of `half` for 16-bit and of `single` for 32-bit numbers,
     or, where autotuning is on, with the fastest row of any family."""
     table, tokens = half if qkv.element_size() == 2 else single, qkv.shape[1]
-    default = fitting(table, family_of(launch.arch_of(qkv.device)), head_dim, tokens)
+    family = family_of(launch.arch_of(qkv.device))
+    default = fitting(table, family, head_dim, tokens)
     candidates = [row for rows in table.values() for row in rows] if tuning.enabled() else []
+    if family == "gfx942":
+        candidates = [row for row in candidates if row.max_registers is None]
     key = (tuning.shape_class(tokens), head_dim, qkv.dtype)
     run(tuning.choose(op, key, default, candidates, run))
 

@@ -13,13 +13,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastdit import backends
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 _LIB = torch.library.Library("fastdit", "DEF")
 OPS: dict[str, Op] = {}
@@ -176,7 +178,7 @@ class Op:
         self._apply = _node(self.name, setup_context, backward)
         OPS[self.name] = self
 
-    def public(self, checks: Callable[..., tuple[Any, ...]]) -> Callable[[Any], Any]:
+    def public(self, checks: Callable[..., tuple[Any, ...]]) -> Callable[[Function], Function]:
         """Decorate the public function with the checks that turn its call into schema arguments.
 
         They have the public function's names of arguments, in the schema's order where it calls
@@ -184,7 +186,7 @@ class Op:
         """
         self.checks = checks
 
-        def decorate(function: Any) -> Any:
+        def decorate(function: Function) -> Function:
             self.signature = inspect.signature(function)
             return function
 
