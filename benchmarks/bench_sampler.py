@@ -1,11 +1,13 @@
 """Images a second of whole sampling runs: the published eager loop and `fastdit.Sampler`, in turns.
 
-    python benchmarks/bench_sampler.py                      # the digits model, 20, 50, 250 steps
-    python benchmarks/bench_sampler.py --model DiT-S/2 --batch 2 --rounds 3
+    python benchmarks/bench_sampler.py                # digits and DiT-S/2; 20, 50 and 250 steps
+    python benchmarks/bench_sampler.py --model DiT-S/2 --batch 2 --whole 250
 
 Before it times, it checks: the two give the same samples from the same draws after 50 steps, and
 two runs cut into different batches give the same images. A published loop computes the whole model
-in every step, on eager ops; a run is DDIM with guidance. Medians of rounds that take turns.
+in every step, on eager ops; a run is DDIM with guidance. Medians of rounds that take turns. Of the
+longest runs of large models (`--whole`) so many steps are timed, one of each loop in turns, and the
+run's time is their sum's extension: all steps after the first do the same work.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,8 +39,8 @@ def random_model(name: str) -> DiT:
     return model
 
 
-def published(model: DiT, labels: Tensor, steps: int, clip: bool) -> Tensor:
-    """The published sample.py, on eager ops."""
+def published(model: DiT, labels: Tensor, steps: int, clip: bool) -> Iterator[Tensor]:
+    """The published sample.py on eager ops, the samples after each step."""
     y = torch.cat([labels, model.null_condition(len(labels))])
     channels = min(3, model.in_channels)
 
@@ -46,9 +50,13 @@ def published(model: DiT, labels: Tensor, steps: int, clip: bool) -> Tensor:
     z = torch.randn(len(labels), model.in_channels, *model.input_size)
     z = torch.cat([z, z])
     diffusion = fastdit.create_diffusion(str(steps))
-    with fastdit.backend("reference"):
-        out = diffusion.ddim_sample_loop(forward, z.shape, z, clip_denoised=clip)
-    return out[: len(labels)]
+    loop = diffusion.ddim_sample_loop_progressive(forward, z.shape, z, clip_denoised=clip)
+    while True:
+        with fastdit.backend("reference"):
+            out = next(loop, None)
+        if out is None:
+            return
+        yield out["sample"][: len(labels)]
 
 
 def sampler(model: DiT, steps: int, clip: bool, chunk: int | None = None) -> fastdit.Sampler:
@@ -60,38 +68,78 @@ def relative(got: Tensor, want: Tensor) -> float:
     return float((got - want).abs().max() / want.abs().max())
 
 
+def last(states: Iterator[Tensor]) -> Tensor:
+    *_, state = states
+    return state
+
+
 def check(model: DiT, labels: Tensor, clip: bool) -> None:
     """Print both deviations, relative to the largest value."""
     torch.manual_seed(1)
-    want = published(model, labels, 50, clip)
+    want = last(published(model, labels, 50, clip))
     torch.manual_seed(1)
     got = sampler(model, 50, clip)(labels)
     print(f"after 50 steps, against the published loop: {relative(got, want):.1e}")
-    whole = sampler(model, 50, clip)(labels, seed=1)
-    parts = sampler(model, 50, clip, chunk=max(1, len(labels) // 3))(labels, seed=1)
+    some = labels if len(labels) > 1 else torch.cat([labels, labels])
+    whole = sampler(model, 50, clip)(some, seed=1)
+    parts = sampler(model, 50, clip, chunk=max(1, len(some) // 3))(some, seed=1)
     print(f"in other batches, same seeds: {relative(parts, whole):.1e}")
 
 
-def rates(model: DiT, labels: Tensor, steps: int, rounds: int, clip: bool) -> None:
-    """Print the images a second of both."""
-    ours = sampler(model, steps, clip)
-    runs = {
-        "published": lambda: published(model, labels, steps, clip),
-        "Sampler": lambda: ours(labels),
-    }
-    found: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(rounds + 1):
-        for name, run in runs.items():
+def whole_runs(runs: dict[str, Callable[[], Any]]) -> dict[str, float]:
+    """Seconds of a run of each, one after the other."""
+    seconds = {}
+    for name, run in runs.items():
+        start = time.perf_counter()
+        run()
+        seconds[name] = time.perf_counter() - start
+    return seconds
+
+
+def some_steps(
+    loops: dict[str, Callable[[], Iterator[Any]]], steps: int, timed: int
+) -> dict[str, float]:
+    """Seconds of a run of `steps`, from its first steps, one of each loop in turns: the first, in
+    which conditioning is computed for all, and the others by their mean."""
+    running = {name: loop() for name, loop in loops.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in loops}
+    for _ in range(timed):
+        for name, loop in running.items():
             start = time.perf_counter()
-            run()
-            if turn:
-                found[name].append(len(labels) / (time.perf_counter() - start))
+            next(loop)
+            seconds[name].append(time.perf_counter() - start)
+    return {name: s[0] + (steps - 1) * statistics.mean(s[1:]) for name, s in seconds.items()}
+
+
+def rates(model: DiT, labels: Tensor, steps: int, rounds: int, clip: bool, whole: int) -> None:
+    """Print the images a second of both, and how they were timed."""
+    ours = sampler(model, steps, clip)
+    found: dict[str, list[float]] = {"published": [], "Sampler": []}
+    for turn in range(rounds + 1):
+        if steps <= whole:
+            how = "whole runs"
+            seconds = whole_runs(
+                {
+                    "published": lambda: last(published(model, labels, steps, clip)),
+                    "Sampler": lambda: ours(labels),
+                }
+            )
+        else:
+            how = f"from {whole} steps each, in turns"
+            loops = {
+                "published": lambda: published(model, labels, steps, clip),
+                "Sampler": lambda: ours.iterate(labels),
+            }
+            seconds = some_steps(loops, steps, whole)
+        for name, value in seconds.items():
+            if turn:  # the first warms up
+                found[name].append(len(labels) / value)
     ratios = [b / a for a, b in zip(*found.values(), strict=True)]
     medians = {name: statistics.median(values) for name, values in found.items()}
     print(
         f"{steps:4d} steps: published {medians['published']:.3g} images/s, Sampler "
         f"{medians['Sampler']:.3g}, ratio {statistics.median(ratios):.2f} "
-        f"({min(ratios):.2f} to {max(ratios):.2f})",
+        f"({min(ratios):.2f} to {max(ratios):.2f}), {how}",
         flush=True,
     )
 
@@ -99,18 +147,27 @@ def rates(model: DiT, labels: Tensor, steps: int, rounds: int, clip: bool) -> No
 def main() -> None:
     """Check, then time."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="digits", help="digits (default) or a published size")
-    parser.add_argument("--batch", type=int, default=100, help="images at once (default 100)")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    models = ["digits", "DiT-S/2"]
+    parser.add_argument("--model", nargs="+", default=models, help="digits, or published sizes")
+    parser.add_argument("--batch", type=int, help="images at once (default 100 digits, else 1)")
     parser.add_argument("--steps", type=int, nargs="+", default=[20, 50, 250])
-    parser.add_argument("--rounds", type=int, default=3, help="default 3")
+    parser.add_argument("--rounds", type=int, default=3, help="default 3, after one to warm up")
+    parser.add_argument(
+        "--whole",
+        type=int,
+        help="longest runs timed whole, of longer ones so many steps (default 250 digits, else 50)",
+    )
     args = parser.parse_args()
-    digits = args.model == "digits"
-    model = load_digits_model() if digits else random_model(args.model)
-    labels = torch.arange(args.batch) % model.num_classes
-    print(f"{args.model}, {args.batch} images at once, {torch.get_num_threads()} threads")
-    check(model, labels, digits)
-    for steps in args.steps:
-        rates(model, labels, steps, args.rounds, digits)
+    for name in args.model:
+        digits = name == "digits"
+        model = load_digits_model() if digits else random_model(name)
+        batch, whole = args.batch or (100 if digits else 1), args.whole or (250 if digits else 50)
+        labels = torch.arange(batch) % model.num_classes
+        print(f"{name}, {batch} at once, {torch.get_num_threads()} threads")
+        check(model, labels, digits)
+        for steps in args.steps:
+            rates(model, labels, steps, args.rounds, digits, max(2, whole))
 
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@ disturb little. With more it is timed in wall time, which other processes ruin (
 OpenMP's barriers by a factor of ten): a turn during which others ran is repeated until the machine
 is idle or `patience` is spent, and is then counted as disturbed.
 
-Before the first turn one large tensor is freed. After that glibc's allocator keeps what is freed, as
-it does in any process that has run a model; until then it returns blocks of some MB to the system
-by turns, and page faults make one function take one or three times as long, by chance.
+Before the first turn one large tensor is freed. After that glibc's allocator keeps what is freed,
+as it does in any process that has run a model; until then it returns blocks of some MB to the
+system by turns, and page faults make one function take one or three times as long, by chance.
 
 On a GPU a turn is the median of many calls between CUDA events. They are enqueued behind a kernel
 that waits, so that the device never idles for the host, and before each the L2 cache is filled with
@@ -205,14 +205,3 @@ def ratios(first: list[float], times: list[float]) -> tuple[float, float, float]
     """Speed over the first: median, least and largest of the turns' ratios."""
     found = [a / b for a, b in zip(first, times, strict=True)]
     return statistics.median(found), min(found), max(found)
-
-
-def print_table(title: str, candidates: Candidates, rounds: int) -> None:
-    """A line for each candidate; its ratio is the median of the turns' ratios to the first's."""
-    print(f"\n{title}")
-    found = timed(candidates, rounds)
-    first = next(iter(found.values()))
-    for name, times in found.items():
-        middle, low, high = (1e6 * f(times) for f in (statistics.median, min, max))
-        ratio = ratios(first, times)[0]
-        print(f"  {name:18} {middle:9.1f} [{low:.1f}..{high:.1f}]  {ratio:6.2f}x", flush=True)

@@ -33,7 +33,7 @@ WIDE = {
         "cross_attention_dim": 1152,
     },
     "Latte": {
-        "num_attention_heads": 16, "attention_head_dim": 72, "sample_size": 16,
+        "num_attention_heads": 16, "attention_head_dim": 72, "sample_size": 32,
         "cross_attention_dim": 1152,
     },
     "SD3": {
@@ -47,6 +47,9 @@ WIDE = {
     "Flux": {
         "num_attention_heads": 9, "attention_head_dim": 128, "axes_dims_rope": (16, 56, 56),
     },
+    "Flux 2": {
+        "num_attention_heads": 9, "attention_head_dim": 128, "axes_dims_rope": (32, 32, 32, 32),
+    },
     "HunyuanDiT": {
         "num_attention_heads": 16, "attention_head_dim": 88, "hidden_size": 1408,
         "sample_size": 32,
@@ -55,12 +58,23 @@ WIDE = {
         "num_attention_heads": 36, "attention_head_dim": 32, "num_cross_attention_heads": 9,
         "cross_attention_head_dim": 128, "cross_attention_dim": 1152, "sample_size": 16,
     },
-    "CogVideoX": {"num_attention_heads": 18, "attention_head_dim": 64},
+    "CogVideoX": {
+        "num_attention_heads": 18, "attention_head_dim": 64, "sample_width": 16,
+        "sample_height": 16, "sample_frames": 13,
+    },
     "Wan": {"num_attention_heads": 9, "attention_head_dim": 128, "ffn_dim": 4608},
     "Wan 2.2": {"num_attention_heads": 9, "attention_head_dim": 128, "ffn_dim": 4608},
     "Lumina2": {
         "hidden_size": 384, "num_attention_heads": 4, "num_kv_heads": 2,
         "axes_dim_rope": (32, 32, 32), "multiple_of": 256,
+    },
+    "Lumina-Next": {
+        "hidden_size": 1152, "num_attention_heads": 16, "num_kv_heads": 4, "multiple_of": 256,
+        "cross_attention_dim": 1152, "sample_size": 32,
+    },
+    "ACE-Step": {
+        "hidden_size": 1152, "intermediate_size": 3072, "num_attention_heads": 9,
+        "num_key_value_heads": 3, "head_dim": 128, "sliding_window": 128,
     },
     "AuraFlow": {
         "num_attention_heads": 9, "attention_head_dim": 128, "caption_projection_dim": 1152,
@@ -68,13 +82,24 @@ WIDE = {
     },
 }  # fmt: skip
 """What makes a tiny model of tests/patching/families.py wide."""
-IMAGES = {
-    "DiT": (2, 4, 32, 32), "PixArt-alpha": (2, 4, 32, 32), "PixArt-Sigma": (2, 4, 32, 32),
-    "Latte": (2, 4, 2, 16, 16), "SD3": (2, 4, 32, 32), "SD3.5": (2, 4, 32, 32),
-    "HunyuanDiT": (2, 4, 32, 32), "Sana": (2, 4, 16, 16), "CogVideoX": (2, 2, 4, 8, 8),
-    "Wan": (2, 4, 2, 16, 16), "Wan 2.2": (2, 4, 2, 4, 4), "Lumina2": (2, 4, 16, 16),
-    "AuraFlow": (2, 4, 32, 32),
+INPUTS: dict[str, dict[str, tuple[int, ...]]] = {
+    "Latte": {"hidden_states": (2, 4, 2, 32, 32)},
+    "Flux": {"hidden_states": (2, 256, 4), "img_ids": (256, 3)},
+    "Flux 2": {"hidden_states": (2, 256, 4), "img_ids": (256, 4)},
+    "Sana": {"hidden_states": (2, 4, 16, 16)},
+    "CogVideoX": {"hidden_states": (2, 4, 4, 16, 16)},
+    "Wan": {"hidden_states": (2, 4, 4, 16, 16)},
+    "Wan 2.2": {"hidden_states": (2, 4, 4, 16, 16), "timestep": (2, 256)},
+    "Lumina-Next": {
+        "hidden_states": (2, 4, 32, 32), "encoder_hidden_states": (2, 5, 1152),
+        "image_rotary_emb": (16, 16, 36),
+    },
+    "ACE-Step": {
+        "hidden_states": (2, 512, 4), "context_latents": (2, 512, 8),
+        "encoder_hidden_states": (2, 5, 1152),
+    },
 }  # fmt: skip
+"""Shapes of the inputs that make 256 tokens, or near; an image of 32 x 32 for all others."""
 NAMES = (*research.FAMILIES, *(f"diffusers {name}" for name in families.FAMILIES))
 
 
@@ -105,12 +130,13 @@ def _diffusers(name: str, device: str) -> tuple[nn.Module, Any]:
 
     class_name, settings = families.FAMILIES[name]
     config, inputs = settings()
-    if name in IMAGES:
-        inputs["hidden_states"] = torch.randn(IMAGES[name])
-    if name == "Flux":
-        inputs["hidden_states"], inputs["img_ids"] = torch.randn(2, 256, 4), torch.rand(256, 3)
+    for key, shape in INPUTS.get(name, {"hidden_states": (2, 4, 32, 32)}).items():
+        inputs[key] = torch.rand(shape)
     if name == "HunyuanDiT":
         inputs["image_rotary_emb"] = [torch.ones(256, 88), torch.zeros(256, 88)]
+    if name == "Lumina-Next":
+        angles = inputs["image_rotary_emb"]
+        inputs["image_rotary_emb"] = torch.polar(torch.ones_like(angles), angles)
     with torch.device(device):
         model = getattr(diffusers, class_name)(**{**config, **WIDE[name]})
     return model, inputs

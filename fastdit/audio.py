@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdit import ops, reference
+from fastdit.checkpoint_files import atomic_write
 
 
 def _basis(bins: int, like: Tensor) -> Tensor:
@@ -121,6 +122,28 @@ def load_signal(path: Path | None) -> Tensor:
         padded[:, 4 - width :] = np.frombuffer(raw, np.uint8).reshape(-1, width)
         samples = padded.view("<i4")[:, 0].astype(np.float64) / 2**31
     return torch.from_numpy(samples.reshape(-1, channels).T.copy())
+
+
+def save_signal(path: Path, signal: Tensor, rate: int) -> None:
+    """Write `(channels, L)` samples in [-1, 1] as a WAV file of 16 bits; values outside saturate.
+
+    Raises:
+        ValueError: the rate is not positive, or there are no channels or samples.
+    """
+    _check("rate", rate)
+    if signal.dim() != 2 or not signal.numel():
+        raise ValueError(f"signal: got {tuple(signal.shape)}, allowed is (channels, L)")
+    whole = (signal.double().cpu() * 2**15).round().clamp(-(2**15), 2**15 - 1)
+    samples = whole.numpy().astype("<i2").T
+
+    def write(temporary: Path) -> None:
+        with wave.open(str(temporary), "wb") as file:
+            file.setnchannels(len(signal))
+            file.setsampwidth(2)
+            file.setframerate(rate)
+            file.writeframes(np.ascontiguousarray(samples).tobytes())
+
+    atomic_write(path, write)
 
 
 def round_trip(signal: Tensor, bins: int, patch: tuple[int, int]) -> tuple[Tensor, Tensor]:

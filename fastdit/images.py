@@ -1,4 +1,4 @@
-"""Samples as pictures: pixels from [-1, 1], labelled grids, and the files people exchange."""
+"""Samples as pictures: pixels from [-1, 1], and labelled grids."""
 
 from __future__ import annotations
 
@@ -72,15 +72,3 @@ def save(picture: Image.Image, path: str | Path) -> None:
     """A picture as a file, whole or not at all; a PNG unless the name says otherwise."""
     kind = Image.registered_extensions().get(Path(path).suffix.lower(), "PNG")
     atomic_write(path, lambda temporary: picture.save(temporary, format=kind))
-
-
-def save_npz(path: str | Path, pixels: np.ndarray, labels: Sequence[int]) -> None:
-    """The ADM evaluator's layout: `arr_0` the images `(B, H, W, 3)` uint8, `arr_1` their labels;
-    written whole or not at all."""
-    arrays = {"arr_0": pixels, "arr_1": np.asarray(labels, dtype=np.int64)}
-
-    def write(temporary: Path) -> None:
-        with open(temporary, "wb") as file:  # given a path, numpy would append .npz to it
-            np.savez(file, **arrays)
-
-    atomic_write(path, write)

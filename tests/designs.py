@@ -63,3 +63,17 @@ def inputs(
     if not model.num_classes:
         return x, t, None
     return x, t, torch.randint(0, model.num_classes, (batch,), generator=generator)
+
+
+@torch.no_grad()
+def assert_same(model: fastdit.DiT, loaded: fastdit.DiT) -> None:
+    """The same configuration, tensors and outputs."""
+    assert loaded.config == model.config
+    ours, theirs = model.state_dict(), loaded.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(theirs[name], tensor), name
+    for name, parameter in model.named_parameters():
+        assert loaded.get_parameter(name).requires_grad == parameter.requires_grad, name
+    args = inputs(model)
+    assert torch.equal(model(*args), loaded(*args))

@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 from published_checkpoint import published_weights
 
-import fastdit
 from fastdit import cli, images
 from fastdit.digits import weights_path
 
@@ -48,33 +47,6 @@ def test_the_flow_digits_in_demo_and_sample(tmp_path, capsys):
         assert "2 images, heun 3 steps on cpu" in capsys.readouterr().out
         with np.load(tmp_path / "s.npz") as file:
             assert np.ptp(file["arr_0"]) > 100
-
-
-def test_samples_of_a_model_without_classes_are_counted(tmp_path, capsys):
-    sizes = {"input_size": 8, "hidden_size": 16, "depth": 1, "num_heads": 2, "in_channels": 1}
-    files = {n: tmp_path / f"{n}.safetensors" for n in ("none", "two", "vector", "signal")}
-    fastdit.save_model(fastdit.DiT(**sizes, num_classes=0), files["none"])
-    fastdit.save_model(fastdit.DiT(**sizes, num_classes=2), files["two"])
-    fastdit.save_model(fastdit.DiT(**sizes, num_classes=0, condition_dim=3), files["vector"])
-    fastdit.save_model(fastdit.DiT(**{**sizes, "input_size": (8,)}), files["signal"])
-
-    def sample(name, *options):
-        argv = ["sample", "--ckpt", str(files[name]), "--steps", "2", "--solver", "ddim"]
-        cli.main([*argv, "--out", str(tmp_path / "s.npz"), *options])
-
-    sample("none", "--count", "3", "--batch-size", "2")
-    assert "3 images" in capsys.readouterr().out
-    with np.load(tmp_path / "s.npz") as file:
-        assert file["arr_0"].shape == (3, 8, 8, 3)
-    for name, options, message in (
-        ("none", ["--classes", "1"], "the model has none; --count"),
-        ("two", [], "--classes: got none, allowed are labels 0 to 1"),
-        ("two", ["--count", "2"], "--count: the model has classes"),
-        ("vector", [], "the model takes vectors"),
-        ("signal", ["--classes", "1"], "the model makes signals"),
-    ):
-        with pytest.raises(SystemExit, match=message):
-            sample(name, *options)
 
 
 def test_a_published_flow_is_named_one(published, tmp_path, capsys):

@@ -14,7 +14,6 @@ from fastdit.checkpoint import CheckpointError, load_model, save_model
 diffusers = pytest.importorskip("diffusers")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 B0, B1 = "transformer_blocks.0.", "transformer_blocks.1."
-V_BIAS = f"{B1}attn1.to_v.bias"
 
 
 @pytest.fixture(scope="module")

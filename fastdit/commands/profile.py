@@ -81,10 +81,14 @@ def run(args: argparse.Namespace) -> None:
         graph=args.graph,
     )
     classes = [i % model.num_classes for i in range(args.batch_size)]
-    found = profile(sampler, classes, args.trace)
+    show(console, profile(sampler, classes, args.trace), args.trace)
+
+
+def show(console: Console, found: Profile, trace: Path) -> None:
+    """Print what was found."""
     console.print(report(found))
     console.print(
         f"{found.achieved / 1e9:.1f} GFLOP/s of {found.peak / 1e9:.1f} that the largest matrix "
         f"product reached here: {100 * found.achieved / found.peak:.0f} %"
     )
-    console.print(f"wrote {args.trace}")
+    console.print(f"wrote {trace}")

@@ -73,7 +73,7 @@ HELP = {
     "t_sampling": "flow: the times' distribution, uniform or logit_normal",
     "logit_mean": "flow: of logit_normal",
     "logit_std": "flow: of logit_normal",
-    "timestep_shift": "flow: above 1 draws more noise",
+    "timestep_shift": "flow: below 1 draws more times near the noise",
     "cosine_loss": "flow: add the angle between velocities to the loss",
     "time_scale": "flow: what times are multiplied by for the model",
 }
@@ -105,6 +105,8 @@ def default_of(field: dataclasses.Field[Any]) -> str:
     shown = f"default {field.default}"
     if field.name == "device":
         shown = "default: the accelerator, else the CPU"
+    elif field.name in ("train_eps", "sample_eps"):
+        shown = "default: as published for the path"
     elif field.default in ("", None):
         shown = "default: none"
     for case, recipe in (("digits", DIGITS), ("digits with flow", DIGITS_FLOW)):

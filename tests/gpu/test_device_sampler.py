@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from fastdit import Sampler
-from fastdit.digits import load_digits_model
+from fastdit.digits import load_digits_model, weights_path
+from fastdit.flow import SDE, load_transport
 
 pytestmark = [
     pytest.mark.gpu,
@@ -38,6 +39,19 @@ def test_replayed_steps_give_the_eager_samples(model, options, seed):
         results.append(sampler(LABELS, seed=seed))
         torch.manual_seed(4)
         assert torch.equal(sampler(LABELS, seed=seed), results[-1])
+    assert (results[0] - results[1]).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun", "sde", SDE("Heun", last_step="Tweedie")])
+@pytest.mark.parametrize("seed", [None, 5])
+def test_replayed_steps_of_a_flow_give_the_eager_samples(solver, seed):
+    model, transport = load_digits_model("cuda", "flow"), load_transport(weights_path("flow"))
+    options = {"transport": transport, "solver": solver, "guidance_interval": (0.2, 0.8)}
+    results = []
+    for graph in (True, False):
+        torch.manual_seed(4)
+        sampler = Sampler(model, steps=20, graph=graph, **options)
+        results.append(sampler(LABELS, seed=seed))
     assert (results[0] - results[1]).abs().max() <= 1e-4
 
 
