@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "patching"))
 import compare
 import families
 import research
+import speech
 
 Call = Callable[[nn.Module], Any]
 
@@ -33,7 +34,7 @@ WIDE = {
         "cross_attention_dim": 1152,
     },
     "Latte": {
-        "num_attention_heads": 16, "attention_head_dim": 72, "sample_size": 16,
+        "num_attention_heads": 16, "attention_head_dim": 72, "sample_size": 32,
         "cross_attention_dim": 1152,
     },
     "SD3": {
@@ -47,6 +48,9 @@ WIDE = {
     "Flux": {
         "num_attention_heads": 9, "attention_head_dim": 128, "axes_dims_rope": (16, 56, 56),
     },
+    "Flux 2": {
+        "num_attention_heads": 9, "attention_head_dim": 128, "axes_dims_rope": (32, 32, 32, 32),
+    },
     "HunyuanDiT": {
         "num_attention_heads": 16, "attention_head_dim": 88, "hidden_size": 1408,
         "sample_size": 32,
@@ -55,12 +59,23 @@ WIDE = {
         "num_attention_heads": 36, "attention_head_dim": 32, "num_cross_attention_heads": 9,
         "cross_attention_head_dim": 128, "cross_attention_dim": 1152, "sample_size": 16,
     },
-    "CogVideoX": {"num_attention_heads": 18, "attention_head_dim": 64},
+    "CogVideoX": {
+        "num_attention_heads": 18, "attention_head_dim": 64, "sample_width": 16,
+        "sample_height": 16, "sample_frames": 13,
+    },
     "Wan": {"num_attention_heads": 9, "attention_head_dim": 128, "ffn_dim": 4608},
     "Wan 2.2": {"num_attention_heads": 9, "attention_head_dim": 128, "ffn_dim": 4608},
     "Lumina2": {
         "hidden_size": 384, "num_attention_heads": 4, "num_kv_heads": 2,
         "axes_dim_rope": (32, 32, 32), "multiple_of": 256,
+    },
+    "Lumina-Next": {
+        "hidden_size": 1152, "num_attention_heads": 16, "num_kv_heads": 4, "multiple_of": 256,
+        "cross_attention_dim": 1152, "sample_size": 32,
+    },
+    "ACE-Step": {
+        "hidden_size": 1152, "intermediate_size": 3072, "num_attention_heads": 9,
+        "num_key_value_heads": 3, "head_dim": 128, "sliding_window": 128,
     },
     "AuraFlow": {
         "num_attention_heads": 9, "attention_head_dim": 128, "caption_projection_dim": 1152,
@@ -68,21 +83,32 @@ WIDE = {
     },
 }  # fmt: skip
 """What makes a tiny model of tests/patching/families.py wide."""
-IMAGES = {
-    "DiT": (2, 4, 32, 32), "PixArt-alpha": (2, 4, 32, 32), "PixArt-Sigma": (2, 4, 32, 32),
-    "Latte": (2, 4, 2, 16, 16), "SD3": (2, 4, 32, 32), "SD3.5": (2, 4, 32, 32),
-    "HunyuanDiT": (2, 4, 32, 32), "Sana": (2, 4, 16, 16), "CogVideoX": (2, 2, 4, 8, 8),
-    "Wan": (2, 4, 2, 16, 16), "Wan 2.2": (2, 4, 2, 4, 4), "Lumina2": (2, 4, 16, 16),
-    "AuraFlow": (2, 4, 32, 32),
+INPUTS: dict[str, dict[str, tuple[int, ...]]] = {
+    "Latte": {"hidden_states": (2, 4, 2, 32, 32)},
+    "Flux": {"hidden_states": (2, 256, 4), "img_ids": (256, 3)},
+    "Flux 2": {"hidden_states": (2, 256, 4), "img_ids": (256, 4)},
+    "Sana": {"hidden_states": (2, 4, 16, 16)},
+    "CogVideoX": {"hidden_states": (2, 4, 4, 16, 16)},
+    "Wan": {"hidden_states": (2, 4, 4, 16, 16)},
+    "Wan 2.2": {"hidden_states": (2, 4, 4, 16, 16), "timestep": (2, 256)},
+    "Lumina-Next": {
+        "hidden_states": (2, 4, 32, 32), "encoder_hidden_states": (2, 5, 1152),
+        "image_rotary_emb": (16, 16, 36),
+    },
+    "ACE-Step": {
+        "hidden_states": (2, 512, 4), "context_latents": (2, 512, 8),
+        "encoder_hidden_states": (2, 5, 1152),
+    },
 }  # fmt: skip
-NAMES = (*research.FAMILIES, *(f"diffusers {name}" for name in families.FAMILIES))
+"""Shapes of the inputs that make 256 tokens, or near; an image of 32 x 32 for all others."""
+SPEECH = {"F5-TTS, DiT": "DiTBlock", "F5-TTS, MMDiT": "MMDiTBlock"}
+NAMES = (*research.FAMILIES, *SPEECH, *(f"diffusers {name}" for name in families.FAMILIES))
 
 
 def make(name: str, device: str) -> tuple[nn.Module, Call]:
     """A family's model, and a call of it with one sample, on a device, real or not."""
-    diffusers_name = name.removeprefix("diffusers ")
-    make_one = _research if diffusers_name == name else _diffusers
-    model, inputs = make_one(diffusers_name, device)
+    make_one = _diffusers if name.startswith("diffusers ") else _research
+    model, inputs = (_speech if name in SPEECH else make_one)(name, device)
     if device == "cpu":
         compare.randomise(model)
         _equalise(model)
@@ -100,17 +126,25 @@ def _research(name: str, device: str) -> tuple[nn.Module, Any]:
     return model, research.inputs(model)
 
 
+def _speech(name: str, device: str) -> tuple[nn.Module, Any]:
+    with torch.device(device):
+        model = speech.Speech(SPEECH[name], width=1152, heads=16)
+    return model, [torch.randn(2, *shape) for shape in ((256, 1152), (5, 1152), (1152,))]
+
+
 def _diffusers(name: str, device: str) -> tuple[nn.Module, Any]:
     import diffusers
 
+    name = name.removeprefix("diffusers ")
     class_name, settings = families.FAMILIES[name]
     config, inputs = settings()
-    if name in IMAGES:
-        inputs["hidden_states"] = torch.randn(IMAGES[name])
-    if name == "Flux":
-        inputs["hidden_states"], inputs["img_ids"] = torch.randn(2, 256, 4), torch.rand(256, 3)
+    for key, shape in INPUTS.get(name, {"hidden_states": (2, 4, 32, 32)}).items():
+        inputs[key] = torch.rand(shape)
     if name == "HunyuanDiT":
         inputs["image_rotary_emb"] = [torch.ones(256, 88), torch.zeros(256, 88)]
+    if name == "Lumina-Next":
+        angles = inputs["image_rotary_emb"]
+        inputs["image_rotary_emb"] = torch.polar(torch.ones_like(angles), angles)
     with torch.device(device):
         model = getattr(diffusers, class_name)(**{**config, **WIDE[name]})
     return model, inputs

@@ -20,11 +20,13 @@ from fastdit.patching.rules import Call, Rule, replacement, watched
 TOKENS = 4
 
 
-def named(*names: str) -> Callable[[nn.Module], bool]:
-    """Whether a module's class, or one that it derives from, has one of these names."""
+def named(*names: str, having: str = "training") -> Callable[[nn.Module], bool]:
+    """Whether a module's class, or one that it derives from, has one of these names, and the module
+    an attribute that tells it from another project's."""
 
     def has_name(module: nn.Module) -> bool:
-        return any(cls.__name__ in names for cls in type(module).__mro__)
+        known = any(cls.__name__ in names for cls in type(module).__mro__)
+        return known and hasattr(module, having)
 
     has_name.names = names  # type: ignore[attr-defined]
     return has_name
@@ -199,8 +201,8 @@ def gelu(self: nn.Module, hidden_states: Tensor) -> Tensor:
 
 
 def _rule(name: str, forward: Callable[..., Any], *classes: str, **options: Any) -> Rule:
-    options = {"ops": "adaln", "probe": _calls, **options}
-    return Rule(name=name, forward=forward, recognises=named(*classes), **options)
+    options = {"ops": "adaln", "probe": _calls, "recognises": named(*classes), **options}
+    return Rule(name=name, forward=forward, **options)
 
 
 RULES = (
@@ -211,7 +213,7 @@ RULES = (
     _rule(
         "adaptive norm",
         adaptive,
-        "AdaLayerNorm",
+        recognises=named("AdaLayerNorm", having="chunk_dim"),
         probe=lambda m: [
             ((tokens(m.norm.normalized_shape[0]),), {"temb": torch.randn(2, m.linear.in_features)})
         ],

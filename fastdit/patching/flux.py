@@ -18,7 +18,8 @@ from fastdit.patching.rules import Call, replacement
 HALF_MAX = 65504  # diffusers clips what float16 cannot hold
 
 
-def _clipped(x: Tensor) -> Tensor:
+def clipped(x: Tensor) -> Tensor:
+    """What Flux does with a stream in float16."""
     return x.clip(-HALF_MAX, HALF_MAX) if x.dtype == torch.float16 else x
 
 
@@ -45,7 +46,7 @@ def double_block(
     text, x, *from_adapter = streams
     for image_prompt in from_adapter:
         x = x + image_prompt
-    return _clipped(text), x
+    return clipped(text), x
 
 
 @replacement()
@@ -66,7 +67,7 @@ def single_block(
         hidden_states=normed, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {})
     )
     x = norms.gated_residual(x, self.proj_out(torch.cat([y, hidden], dim=2)), gate)
-    x = _clipped(x)
+    x = clipped(x)
     return x[:, :length], x[:, length:]
 
 

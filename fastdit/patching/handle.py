@@ -211,9 +211,9 @@ def patch(
     inference, under autocast.
 
     Args:
-        model: of the published code or a fork (DiT, SiT, REPA, fast-DiT, LightningDiT), or of
-            diffusers (DiT, PixArt, Latte, SD3, Flux, HunyuanDiT, Sana, CogVideoX, Wan, Lumina2,
-            AuraFlow), anywhere inside a larger module.
+        model: of the published code or a fork (DiT, SiT, REPA, fast-DiT, LightningDiT), of F5-TTS,
+            or of diffusers (DiT, PixArt, Latte, SD3, Flux, Flux 2, HunyuanDiT, Sana, CogVideoX,
+            Wan, Lumina-Next, Lumina 2, AuraFlow, ACE-Step), anywhere inside a larger module.
         level: `"exact"` replaces blocks and layers one for one, and differs from the original by
             a few units in the last place (docs/patching.md); `"fast"` also replaces whole models'
             forwards: branches fused across blocks, conditioning computed once.

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from torch import nn
 
-GATED = ("GEGLU", "SwiGLU", "LuminaFeedForward", "AuraFlowFeedForward", "GLUMBConv")
+GATED = (
+    "GEGLU",
+    "SwiGLU",
+    "LuminaFeedForward",
+    "AuraFlowFeedForward",
+    "GLUMBConv",
+    "Flux2SwiGLU",
+    "AceStepMLP",
+)
 """Feed-forwards whose activation is a product of two projections."""
 
 NOT_NORMS = {
@@ -27,8 +35,10 @@ def why_left(module: nn.Module, inside: tuple[nn.Module, ...]) -> str | None:
     if (reason := NOT_NORMS.get(type(module).__name__)) is not None:
         return reason
     if _attention(module):
-        processor = type(getattr(module, "processor", None)).__name__
-        return f"attention stays with diffusers' {processor}"
+        processor = getattr(module, "processor", None)
+        if processor is None:
+            return "attention with projections apart; the op takes them packed"
+        return f"attention stays with its processor, {type(processor).__name__}"
     if "Norm" not in type(module).__name__ or isinstance(module, nn.Identity):
         return None
     if any(map(_attention, inside)):

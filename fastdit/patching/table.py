@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from fastdit.patching import (
+    ace_step,
     auraflow,
     cogvideox,
     diffusers_basic,
     diffusers_dit,
     diffusers_norms,
+    f5_tts,
     flux,
+    flux2,
     hunyuan,
     lumina2,
+    lumina_next,
     published,
     published_model,
     sana,
@@ -26,12 +30,16 @@ FAMILIES = (
     diffusers_dit,
     sd3,
     flux,
+    flux2,
     hunyuan,
     sana,
     cogvideox,
     wan,
     lumina2,
+    lumina_next,
     auraflow,
+    ace_step,
+    f5_tts,
     diffusers_norms,
 )
 RULES: tuple[Rule, ...] = tuple(rule for family in FAMILIES for rule in family.RULES)

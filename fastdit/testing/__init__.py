@@ -12,6 +12,8 @@
 - `simulate` executes compiled PTX and counts warp instructions, sectors, bank conflicts and
   divergence.
 - `count_traffic` counts the kernels that any PyTorch code launches and the bytes they move.
+- `fake_cuda` has what that count needs on fake CUDA tensors: attention as a GPU runs it, the
+  backward pass, and the launches of fastdit's own kernels.
 - `roofline` turns such counts into a *modelled* time on a real GPU's data sheet.
 
 None of these measures a time. Importing this module does not import Triton; using it does.

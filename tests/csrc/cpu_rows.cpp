@@ -4,13 +4,15 @@
 //
 // Types are 0 float, 1 bf16, 2 fp16; `gap` is what lies between rows. Options, a bit each: 1 and 2
 // per-token shift and scale, 4 per-token gate, 8 no shift, 16 no scale, 32 weight, 64 bias, 128 rms,
-// 256 a strided last axis of the modulation, 512 a width one too large. The rows run once in one piece and once in pieces: the
-// bits must be the same.
+// 256 a strided last axis of the modulation, 512 a width one too large, 1024 pieces that overlap. The
+// rows run once in one piece and once in pieces: the bits must be the same.
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "cpu/isa/adaln.cpp"
@@ -76,15 +78,32 @@ void set_modulation(Arguments& a, bool gated) {
   a.rms = has(128), a.tokens = tokens, a.width = width + has(512);
 }
 
-// Runs run(begin, end) over all rows, then in pieces, and compares what `results` hold.
+// run(begin, end, scratch) over `count` items in pieces, each a thread under ThreadSanitizer, as
+// PyTorch's pool would run them; option 1024 has each take an item of the next.
 template <class Run>
-int twice(std::vector<std::pair<void*, int64_t>> results, int64_t count, int64_t piece, Run run) {
+void in_pieces(int64_t count, int64_t piece, int64_t scratch, Run run) {
+  std::vector<std::thread> threads;
+  for (int64_t begin = 0; begin < count; begin += piece) {
+    const int64_t end = std::min(begin + piece + has(1024), count);
+    float* own = floats(scratch);
+#ifdef __SANITIZE_THREAD__
+    threads.emplace_back([=] { run(begin, end, own); });
+#else
+    run(begin, end, own);
+#endif
+  }
+  for (std::thread& thread : threads) thread.join();
+}
+
+// Runs over all rows, then in pieces, and compares what `results` hold.
+template <class Run>
+int twice(std::vector<std::pair<void*, int64_t>> results, int64_t count, int64_t piece,
+          int64_t scratch, Run run) {
   std::vector<std::string> whole;
-  run(0, count);
+  run(0, count, floats(scratch));
   for (auto [data, size] : results) whole.emplace_back(static_cast<char*>(data), size);
   for (auto [data, size] : results) std::memset(data, 0x55, size);
-  for (int64_t begin = 0; begin < count; begin += piece)
-    run(begin, begin + piece < count ? begin + piece : count);
+  in_pieces(count, piece, scratch, run);
   for (size_t i = 0; i < results.size(); ++i)
     if (std::memcmp(whole[i].data(), results[i].first, results[i].second)) return 1;
   return 0;
@@ -98,11 +117,12 @@ int adaln(bool gated, int64_t piece) {
   a.out = tensor(all * width, x_type), a.h = gated ? tensor(all * width, x_type) : nullptr;
   a.rstd = floats(all), a.mean = a.rms ? nullptr : floats(all);
   a.eps = 1e-6f;
-  float* scratch = floats(kAdalnScratch * scratch_row(width));
   std::vector<std::pair<void*, int64_t>> results{{a.out, size}, {a.rstd, all * 4}};
   if (gated) results.push_back({a.h, size});
-  return twice(results, all, piece,
-               [&](int64_t begin, int64_t end) { isa::adaln_rows(a, begin, end, scratch); });
+  return twice(results, all, piece, kAdalnScratch * scratch_row(width),
+               [=](int64_t begin, int64_t end, float* scratch) {
+                 isa::adaln_rows(a, begin, end, scratch);
+               });
 }
 
 // The sums depend on the chunks, which are fixed; here one sample is a chunk.
@@ -117,13 +137,14 @@ int adaln_backward(bool gated) {
   if (a.shift.token) a.dshift = tensor(all * width, m_type);
   if (a.scale.token) a.dscale = tensor(all * width, m_type);
   if (a.gate.token) a.dgate = tensor(all * width, m_type);
-  float* scratch = floats(kAdalnBackwardScratch * stride);
-  for (int64_t b = 0; b < batch; ++b) {
-    const bool scaled = a.scale.token && (a.weight || a.bias);
-    AdalnSums sums{floats(width), floats(width), scaled ? floats(width) : nullptr,
-                   scaled ? floats(width) : nullptr, gated ? floats(width) : nullptr};
-    isa::adaln_backward_rows(a, b * tokens, (b + 1) * tokens, sums, scratch);
-  }
+  const bool scaled = a.scale.token && (a.weight || a.bias);
+  std::vector<AdalnSums> sums;
+  for (int64_t b = 0; b < batch; ++b)
+    sums.push_back({floats(width), floats(width), scaled ? floats(width) : nullptr,
+                    scaled ? floats(width) : nullptr, gated ? floats(width) : nullptr});
+  in_pieces(batch, 1, kAdalnBackwardScratch * stride, [=](int64_t b, int64_t, float* scratch) {
+    isa::adaln_backward_rows(a, b * tokens, (b + 1) * tokens, sums[b], scratch);
+  });
   return 0;
 }
 
@@ -132,11 +153,14 @@ int bias_gelu(int64_t piece) {
   BiasGelu a;
   a.x = tensor(size, x_type), a.dout = tensor(size, x_type), a.out = tensor(size, x_type);
   a.type = x_type, a.width = width, a.bias = modulation(false);
-  float *scratch = floats(scratch_row(width)), *sums = floats(width);
-  isa::bias_gelu_backward_rows(a, 0, all, sums, scratch);
-  return twice({{a.out, size * bytes(x_type)}}, all, piece, [&](int64_t begin, int64_t end) {
-    isa::bias_gelu_rows(a, begin, end, scratch);
+  float* sums = floats(width);
+  in_pieces(all, all, scratch_row(width), [=](int64_t, int64_t end, float* scratch) {
+    isa::bias_gelu_backward_rows(a, 0, end, sums, scratch);
   });
+  return twice({{a.out, size * bytes(x_type)}}, all, piece, scratch_row(width),
+               [=](int64_t begin, int64_t end, float* scratch) {
+                 isa::bias_gelu_rows(a, begin, end, scratch);
+               });
 }
 
 int gated_residual(int64_t piece) {
@@ -144,14 +168,18 @@ int gated_residual(int64_t piece) {
   GatedResidual a;
   a.x = rows(x_type), a.y = rows(y_type), a.gate = modulation(has(4));
   a.out = tensor(size, x_type), a.tokens = tokens, a.width = width;
-  float *scratch = floats(kResidualScratch * scratch_row(width)), *sums = floats(width);
-  const int different = twice({{a.out, size * bytes(x_type)}}, all, piece, [&](int64_t b, int64_t e) {
-    isa::gated_residual_rows(a, b, e, scratch);
-  });
+  const int64_t spare = kResidualScratch * scratch_row(width);
+  const int different = twice({{a.out, size * bytes(x_type)}}, all, piece, spare,
+                              [=](int64_t begin, int64_t end, float* scratch) {
+                                isa::gated_residual_rows(a, begin, end, scratch);
+                              });
   a.out = tensor(size, y_type);
   if (a.gate.token) a.dgate = tensor(size, m_type);
-  for (int64_t b = 0; b < batch; ++b)
-    isa::gated_residual_backward_rows(a, b * tokens, (b + 1) * tokens, sums, scratch);
+  std::vector<float*> sums;
+  for (int64_t b = 0; b < batch; ++b) sums.push_back(floats(width));
+  in_pieces(batch, 1, spare, [=](int64_t b, int64_t, float* scratch) {
+    isa::gated_residual_backward_rows(a, b * tokens, (b + 1) * tokens, sums[b], scratch);
+  });
   return different;
 }
 

@@ -1,4 +1,4 @@
-"""The code of the row-wise CPU kernels: under sanitizers at several widths, and for ARM."""
+"""The code of the row-wise CPU kernels: under sanitizers at several widths, threaded, for ARM."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ calls = st.tuples(
     st.integers(0, 999),
     st.integers(1, 3),
     st.integers(1, 9),
-    st.integers(1, 70),
+    st.integers(1, 140),
     *[st.integers(0, 2)] * 3,
     st.integers(0, 3),
     st.integers(0, 511),
@@ -31,7 +31,8 @@ calls = st.tuples(
 def run(program, batch: list[tuple]) -> None:
     lines = "\n".join(" ".join(map(str, call)) for call in batch)
     done = subprocess.run([str(program)], input=lines, capture_output=True, text=True)
-    assert done.stdout.endswith("0 failures\n"), f"{lines}\n{done.stdout}{done.stderr}"
+    passed = done.stdout.endswith("0 failures\n") and "ThreadSanitizer" not in done.stderr
+    assert passed, f"{lines}\n{done.stdout}{done.stderr}"
 
 
 @pytest.mark.parametrize("lanes", [4, 8, 16])
@@ -64,6 +65,22 @@ def test_the_sanitizer_would_tell():
         text=True,
     )
     assert "heap-buffer-overflow" in done.stderr
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_threads_share_no_row_that_they_write(op):
+    """Pieces and samples, a thread each, under ThreadSanitizer; pieces that overlap are a race."""
+    flags = ("-O0", "-g", "-fsanitize=thread", "-Wno-psabi", "-Wno-stringop-overread")
+    program = compilers.compile_host("cpu_rows.cpp", *flags)
+    options = (0, 7, 32 + 64 + 7, 128 + 32)
+    run(
+        program,
+        [(op, 1, 3, 9, 37, *types, 1, o) for types in ((0,) * 3, (0, 1, 2)) for o in options],
+    )
+    done = subprocess.run(
+        [str(program)], input=f"{op} 1 3 9 37 0 0 0 0 1024\n", capture_output=True, text=True
+    )
+    assert "WARNING: ThreadSanitizer: data race" in done.stderr
 
 
 @pytest.mark.parametrize(

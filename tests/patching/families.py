@@ -193,6 +193,57 @@ def _lumina2():
     return config, inputs
 
 
+def _flux2():
+    config = {
+        "in_channels": 4, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16,
+        "num_attention_heads": 2, "joint_attention_dim": 24, "timestep_guidance_channels": 32,
+        "axes_dims_rope": (4, 4, 4, 4),
+    }  # fmt: skip
+    inputs = {
+        "hidden_states": _randn(2, 6, 4),
+        "encoder_hidden_states": _randn(2, 5, 24),
+        "timestep": torch.tensor([0.1, 0.7]),
+        "guidance": torch.tensor([1.0, 4.0]),
+        "img_ids": _randn(6, 4).abs(),
+        "txt_ids": torch.zeros(5, 4),
+    }
+    return config, inputs
+
+
+def _lumina_next():
+    config = {
+        "sample_size": 8, "patch_size": 2, "in_channels": 4, "hidden_size": 24, "num_layers": 2,
+        "num_attention_heads": 3, "num_kv_heads": 1, "multiple_of": 2, "cross_attention_dim": 24,
+        "norm_eps": 1e-5, "scaling_factor": 1.0,
+    }  # fmt: skip
+    angles = _randn(4, 4, 4)
+    inputs = {
+        "hidden_states": _randn(2, 4, 8, 8),
+        "timestep": torch.tensor([0.1, 0.7]),
+        "encoder_hidden_states": _randn(2, 5, 24),
+        "encoder_mask": torch.ones(2, 5),
+        "image_rotary_emb": torch.polar(torch.ones_like(angles), angles),
+        "cross_attention_kwargs": {},
+    }
+    return config, inputs
+
+
+def _ace_step():
+    config = {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "in_channels": 12,
+        "audio_acoustic_hidden_dim": 4, "patch_size": 2, "sliding_window": 4,
+    }  # fmt: skip
+    inputs = {
+        "hidden_states": _randn(2, 8, 4),
+        "timestep": torch.tensor([0.1, 0.7]),
+        "timestep_r": torch.tensor([0.1, 0.7]),
+        "encoder_hidden_states": _randn(2, 5, 32),
+        "context_latents": _randn(2, 8, 8),
+    }
+    return config, inputs
+
+
 def _auraflow():
     config = {
         "sample_size": 8, "patch_size": 2, "in_channels": 4, "num_mmdit_layers": 1,
@@ -219,12 +270,15 @@ FAMILIES = {
         functools.partial(_sd3, dual_attention_layers=(0,), qk_norm="rms_norm"),
     ),
     "Flux": ("FluxTransformer2DModel", _flux),
+    "Flux 2": ("Flux2Transformer2DModel", _flux2),
     "HunyuanDiT": ("HunyuanDiT2DModel", _hunyuan),
     "Sana": ("SanaTransformer2DModel", _sana),
     "CogVideoX": ("CogVideoXTransformer3DModel", _cogvideox),
     "Wan": ("WanTransformer3DModel", _wan),
     "Wan 2.2": ("WanTransformer3DModel", functools.partial(_wan, per_token=True)),
     "Lumina2": ("Lumina2Transformer2DModel", _lumina2),
+    "Lumina-Next": ("LuminaNextDiT2DModel", _lumina_next),
+    "ACE-Step": ("AceStepTransformer1DModel", _ace_step),
     "AuraFlow": ("AuraFlowTransformer2DModel", _auraflow),
 }
 """Name of the class and a function of its configuration and inputs."""

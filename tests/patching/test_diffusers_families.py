@@ -20,7 +20,7 @@ from fastdit.patching.leftover import UNEXPLAINED
 OUTPUT_ULPS, GRADIENT_ULPS = 8, 32
 
 LEFT_ALONE = (
-    "attention stays with diffusers' ",
+    "attention stays with its processor, ",
     "belongs to the attention's processor",
     "no fused op for its gated activation",
     "one kernel already; nothing around it was replaced that could take it in",
@@ -31,7 +31,7 @@ LEFT_ALONE = (
 BLOCKS = {
     "DiT": 2, "PixArt-alpha": 2, "PixArt-Sigma": 2, "Latte": 2, "SD3": 2, "SD3.5": 2, "Flux": 2,
     "HunyuanDiT": 4, "Sana": 2, "CogVideoX": 2, "Wan": 2, "Wan 2.2": 2, "Lumina2": 4,
-    "AuraFlow": 2,
+    "AuraFlow": 2, "Flux 2": 2, "Lumina-Next": 2, "ACE-Step": 2,
 }  # fmt: skip
 
 

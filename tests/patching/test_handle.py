@@ -209,26 +209,11 @@ def test_a_norm_that_nothing_knows_is_said_to_be_unknown():
 
 
 def test_another_projects_class_of_the_same_name_is_left_alone():
-    class AdaLayerNorm(nn.Module):
-        """F5-TTS's: six parts, and the first of several results modulated."""
-
-        def __init__(self, width):
-            super().__init__()
-            self.silu, self.linear = nn.SiLU(), nn.Linear(width, 6 * width)
-            self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-
-        def forward(self, x, emb=None):
-            shift, scale, *rest = self.linear(self.silu(emb)).chunk(6, dim=1)
-            return self.norm(x) * (1 + scale[:, None]) + shift[:, None], *rest
-
-    report = fastdit.patch(nn.Sequential(AdaLayerNorm(8))).report()
-    assert not report.replaced
-    reasons = {site.module: site.reason for site in report.skipped}
-    assert reasons["AdaLayerNorm"].startswith("it is another AdaLayerNorm than that rule's: ")
     for name in {name for rule in RULES for name in getattr(rule.recognises, "names", ())}:
         foreign = type(name, (nn.Module,), {})()
-        (site,) = fastdit.patch(foreign, "fast").report().skipped
-        assert site.reason
+        report = fastdit.patch(foreign, "fast").report()
+        assert not report.replaced
+        assert all(site.reason for site in report.skipped)
 
 
 def test_meta_models_are_proved_without_their_weights():
