@@ -138,6 +138,8 @@ DQ: Table = {
     # 104 and 112 channels are three parts: with 64 keys 576 columns of tensor memory, of 512.
     "sm_100": (
         Tile(128, 64, 64, 4, 2, tokens=64),
+        Tile(32, 128, 64, 8, 2),
+        Tile(40, 128, 64, 8, 2, max_registers=144),
         Tile(96, 128, 64, 8, 2),
         Tile(112, 128, 32, 8, 2),
         Tile(128, 128, 64, 8, 2),
@@ -170,13 +172,18 @@ DKV: Table = {
     "gfx942": (Tile(16, 64, 64, 2, 1), Tile(128, 32, 64, 4, 1)),
 }
 DQ_FP32: Table = {
-    "sm_80": (Tile(64, 32, 16, 4, 2), Tile(80, 32, 16, 8, 2), Tile(128, 32, 16, 4, 2)),
+    "sm_80": (
+        Tile(64, 32, 16, 4, 2),
+        Tile(80, 32, 16, 8, 2, max_registers=80),
+        Tile(128, 32, 16, 4, 2),
+    ),
     "any": (Tile(128, 32, 16, 4, 2),),
     "gfx942": (Tile(16, 32, 16, 2, 1), Tile(128, 32, 16, 4, 1)),
 }
 DKV_FP32: Table = {
-    "sm_80": (Tile(128, 16, 32, 4, 2, max_registers=168),),
-    "any": (Tile(128, 16, 32, 4, 2),),
+    # 104 channels on 4 warps take 255 registers and spill, on 8 at most 122. 32 channels on 8 warps
+    # would load 64 bits a thread.
+    "any": (Tile(32, 16, 32, 4, 2), Tile(128, 16, 32, 8, 2)),
     "gfx942": (Tile(16, 16, 32, 2, 1), Tile(128, 16, 32, 4, 1)),
 }
 
