@@ -2,12 +2,16 @@
 against fastdit's native forward.
 
     python benchmarks/bench_forward.py --threads 2 [--rounds 7] [--cases tiny,S/8,S/2] [--json FILE]
+    python benchmarks/bench_forward.py --threads 2 --rounds 5 --whole    # every case, 8 minutes
 
 Every candidate of a case runs the same model on the same inputs, in turns; a figure is the median
 of its turns and a ratio the median of the turns' ratios to eager's. Eager is the published DiT in
 plain PyTorch (`fastdit.backend("reference")`, every layer's modulation by itself). "rows given" has
-its conditioning computed before, as a sampler's steps do. Peers that are not installed are named as
-absent. Errors are relative, in the 2-norm, to the model in float64.
+its conditioning computed before, as a sampler's steps do; "fused ops" is the model itself, without
+the native forward, and "compiled fused ops" torch.compile of it, which is to be no slower. Peers
+that are not installed are named as absent. With more than one thread a turn waits for an idle
+machine, `--patience` seconds in all, and what was measured beside others is counted.
+Errors are relative, in the 2-norm, to the model in float64.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from timing import timed
+from timing import interleaved, ratios
 from torch import Tensor, nn
 
 import fastdit
@@ -45,6 +49,9 @@ CASES = {
     "B/2": ("B/2", 2),
     "XL/2": ("XL/2", 1),
 }
+PEERS = ("ort", "openvino", "compile", "ours")
+COMPILED = ("tiny", "S/8", "S/2")
+"""The cases of `--whole` in which torch.compile takes part: it compiles each for half a minute."""
 Forward = Callable[[], Tensor]
 
 
@@ -129,6 +136,34 @@ def compiled(model: nn.Module, args: tuple[Tensor, ...], freezing: bool) -> Forw
     return lambda: function(*args)
 
 
+def peer_forwards(
+    eager: nn.Module, args: tuple[Tensor, ...], peers: set[str], threads: int
+) -> tuple[dict[str, Forward], dict[str, str]]:
+    """The peers' forwards by name, and why others are absent."""
+    found: dict[str, Forward] = {}
+    missing = {}
+    # Above 2 GB protobuf gives up, and a copy for eight bits would double the memory.
+    large = sum(p.numel() for p in eager.parameters()) > 200e6
+    if "ort" in peers:
+        why = absent("onnx", "onnxruntime")
+        missing |= {"onnxruntime": why} if why else {}
+        with tempfile.TemporaryDirectory() as folder:
+            if not why:
+                path = onnx_file(eager, args, Path(folder))
+                found["onnxruntime"] = onnxruntime(path, args, threads)
+            if not why and not large:
+                found["onnxruntime int8"] = onnxruntime(quantized(path), args, threads)
+    if "openvino" in peers:
+        why = absent("openvino")
+        missing |= {"openvino": why} if why else {}
+        found |= {} if why else {"openvino": openvino(eager, args, threads)}
+    if "compile" in peers:
+        found["torch.compile"] = compiled(eager, args, False)
+        if not large:
+            found["torch.compile, freezing"] = compiled(eager, args, True)
+    return found, missing
+
+
 def candidates(name: str, batch: int, peers: set[str], threads: int):
     """Functions of no arguments by name, each forward's output in float64, and who is absent."""
     model = model_of(name)
@@ -146,24 +181,11 @@ def candidates(name: str, batch: int, peers: set[str], threads: int):
         "native int8": lambda: int8(*args),
         "native int8, rows given": lambda: int8(x, None, None, conditioning=rows),
     }
-    missing = {}
-    if "ort" in peers:
-        why = absent("onnx", "onnxruntime")
-        if why:
-            missing["onnxruntime"] = why
-        else:
-            folder = tempfile.TemporaryDirectory()
-            path = onnx_file(eager, args, Path(folder.name))
-            found["onnxruntime"] = onnxruntime(path, args, threads)
-            found["onnxruntime int8"] = onnxruntime(quantized(path), args, threads)
-            folder.cleanup()
-    if "openvino" in peers:
-        why = absent("openvino")
-        missing |= {"openvino": why} if why else {}
-        found |= {} if why else {"openvino": openvino(eager, args, threads)}
-    if "compile" in peers:
-        found["torch.compile"] = compiled(eager, args, False)
-        found["torch.compile, freezing"] = compiled(eager, args, True)
+    if "ours" in peers:
+        found["fused ops"] = lambda: model(*args)
+        found["compiled fused ops"] = compiled(model, args, False)
+    others, missing = peer_forwards(eager, args, peers, threads)
+    found |= others
     if model.hidden_size <= 384:
         true = Published(copy.deepcopy(model).double())(x.double(), t, y)
     else:  # too large for float64 in this benchmark's time: the errors are those against eager
@@ -171,12 +193,44 @@ def candidates(name: str, batch: int, peers: set[str], threads: int):
     return found, true, missing
 
 
+def measure(case: str, peers: set[str], options: argparse.Namespace) -> list[dict]:
+    """Time one case, print its table, and return its rows."""
+    name, batch = CASES[case]
+    functions, true, missing = candidates(name, batch, peers, options.threads)
+    print(f"\n{name}, batch {batch}", flush=True)
+    errors = {n: float((f().double() - true).norm() / true.norm()) for n, f in functions.items()}
+    timing = interleaved(functions, options.rounds, patience=options.patience)
+    if timing.disturbed:
+        print(f"  {timing.disturbed} turns beside other processes")
+    results = []
+    for who, seconds in timing.seconds.items():
+        ratio = ratios(timing.seconds["eager"], seconds)
+        row = {"model": name, "batch": batch, "threads": options.threads, "who": who}
+        row |= {"ms": [1e3 * s for s in seconds], "ratio": ratio[0], "error": errors[who]}
+        results.append(row)
+        milliseconds = [f(row["ms"]) for f in (statistics.median, min, max)]
+        print(
+            "  {:24} {:9.2f} [{:.2f}..{:.2f}]".format(who, *milliseconds)
+            + "  {:5.2f}x [{:.2f}..{:.2f}]".format(*ratio)
+            + f"  error {errors[who]:.1e}",
+            flush=True,
+        )
+    for who, why in missing.items():
+        print(f"  {who:24} {why}")
+    if "fused ops" in functions:
+        gain = ratios(timing.seconds["fused ops"], timing.seconds["compiled fused ops"])
+        print("  torch.compile of fused ops: {:.2f}x [{:.2f}..{:.2f}] of them".format(*gain))
+    return results
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--cases", default=",".join(CASES))
-    parser.add_argument("--peers", default="ort,openvino,compile", help="none for none")
+    parser.add_argument("--peers", default=",".join(PEERS), help="none for none")
+    parser.add_argument("--patience", type=float, default=60, help="seconds a case may wait")
+    parser.add_argument("--whole", action="store_true", help="compile in three cases alone")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -186,35 +240,12 @@ def main() -> None:
     print(f"torch {torch.__version__}, {isa}, {options.threads} threads, ms of {clock}")
     results = []
     for case in options.cases.split(","):
-        name, batch = CASES[case]
         peers = set(options.peers.split(","))
-        functions, true, missing = candidates(name, batch, peers, options.threads)
-        print(f"\n{name}, batch {batch}", flush=True)
-        errors = {
-            n: float((f().double() - true).norm() / true.norm()) for n, f in functions.items()
-        }
-        times = timed(functions, options.rounds)
-        for who, seconds in times.items():
-            ratios = sorted(a / b for a, b in zip(times["eager"], seconds, strict=True))
-            row = {
-                "model": name,
-                "batch": batch,
-                "threads": options.threads,
-                "who": who,
-                "ms": [1e3 * s for s in seconds],
-                "ratio": statistics.median(ratios),
-                "error": errors[who],
-            }
-            results.append(row)
-            milliseconds = [f(row["ms"]) for f in (statistics.median, min, max)]
-            print(
-                "  {:24} {:9.2f} [{:.2f}..{:.2f}]".format(who, *milliseconds)
-                + f"  {row['ratio']:5.2f}x [{ratios[0]:.2f}..{ratios[-1]:.2f}]"
-                + f"  error {row['error']:.1e}",
-                flush=True,
-            )
-        for who, why in missing.items():
-            print(f"  {who:24} {why}")
+        if options.whole and case not in COMPILED:
+            peers -= {"compile", "ours"}
+        # One peer after the other where two would not fit the memory of a small machine.
+        for chosen in [{peer} for peer in sorted(peers)] if case == "XL/2" else [peers]:
+            results += measure(case, chosen, options)
     if options.json:
         temporary = options.json.with_suffix(".tmp")
         temporary.write_text(json.dumps(results, indent=1))

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "patching"))
 import compare
 import families
 import research
+import speech
 
 Call = Callable[[nn.Module], Any]
 
@@ -100,14 +101,14 @@ INPUTS: dict[str, dict[str, tuple[int, ...]]] = {
     },
 }  # fmt: skip
 """Shapes of the inputs that make 256 tokens, or near; an image of 32 x 32 for all others."""
-NAMES = (*research.FAMILIES, *(f"diffusers {name}" for name in families.FAMILIES))
+SPEECH = {"F5-TTS, DiT": "DiTBlock", "F5-TTS, MMDiT": "MMDiTBlock"}
+NAMES = (*research.FAMILIES, *SPEECH, *(f"diffusers {name}" for name in families.FAMILIES))
 
 
 def make(name: str, device: str) -> tuple[nn.Module, Call]:
     """A family's model, and a call of it with one sample, on a device, real or not."""
-    diffusers_name = name.removeprefix("diffusers ")
-    make_one = _research if diffusers_name == name else _diffusers
-    model, inputs = make_one(diffusers_name, device)
+    make_one = _diffusers if name.startswith("diffusers ") else _research
+    model, inputs = (_speech if name in SPEECH else make_one)(name, device)
     if device == "cpu":
         compare.randomise(model)
         _equalise(model)
@@ -125,9 +126,16 @@ def _research(name: str, device: str) -> tuple[nn.Module, Any]:
     return model, research.inputs(model)
 
 
+def _speech(name: str, device: str) -> tuple[nn.Module, Any]:
+    with torch.device(device):
+        model = speech.Speech(SPEECH[name], width=1152, heads=16)
+    return model, [torch.randn(2, *shape) for shape in ((256, 1152), (5, 1152), (1152,))]
+
+
 def _diffusers(name: str, device: str) -> tuple[nn.Module, Any]:
     import diffusers
 
+    name = name.removeprefix("diffusers ")
     class_name, settings = families.FAMILIES[name]
     config, inputs = settings()
     for key, shape in INPUTS.get(name, {"hidden_states": (2, 4, 32, 32)}).items():

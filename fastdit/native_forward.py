@@ -22,6 +22,9 @@ from fastdit import backends, native, sizes
 from fastdit.native_weights import Packed, Unfit
 
 QUANTIZE = (None, "int8")
+PARTS = ("embed", "norm", "qkv", "attention", "proj", "fc1", "fc2", "last")
+"""What `NativeForward.parts` tells apart. norm: LayerNorm and modulation, and all quantising;
+fc1: with its GELU; last: the last product and the way back to an image."""
 
 
 class NativeForward:
@@ -180,6 +183,22 @@ class NativeForward:
         with torch.no_grad():
             want = self.model(x, t, y).double()
             return float((self(x, t, y).double() - want).norm() / want.norm())
+
+    def parts(self, x: Tensor, conditioning: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """The output, and the seconds of processor time that went into each of `PARTS`: over all
+        threads of samples that one thread computes alone, of the calling thread for the others.
+
+        Raises:
+            RuntimeError: this call would run the model itself.
+        """
+        try:
+            packed = self._ready(x, conditioning)
+        except Unfit as why:
+            raise RuntimeError(f"parts: only the native forward tells them; {why}") from None
+        sizes.check_inputs(self.model, x, None, None, conditioning)
+        seconds = torch.zeros(torch.get_num_threads(), len(PARTS), dtype=torch.float64)
+        out = packed.forward(x, conditioning, seconds)
+        return out, dict(zip(PARTS, seconds.sum(0).tolist(), strict=True))
 
     forward = __call__
 

@@ -200,7 +200,7 @@ class Packed:
         self.conditions = _published_conditioning(dit)
         if self.conditions:
             self._take_conditioning(dit)
-        self.workspaces: dict[int, Tensor] = {}
+        self.workspaces: dict[tuple[int, int], Tensor] = {}
 
     def _take_conditioning(self, dit: nn.Module) -> None:
         half = dit.t_embedder.frequency_embedding_size // 2
@@ -226,16 +226,20 @@ class Packed:
             *self.modulation,
         )
 
-    def forward(self, x: Tensor, rows: Tensor) -> Tensor:
-        """The model's output for x and its conditioning rows."""
+    def forward(self, x: Tensor, rows: Tensor, seconds: Tensor | None = None) -> Tensor:
+        """The model's output for x and its conditioning rows.
+
+        `seconds`, if given, `(threads, 8)` in float64: each thread's processor time in each part is
+        added to it."""
         ops, batch = torch.ops.fastdit_native, x.shape[0]
         # Taken out while it is in use: a second thread makes its own.
-        workspace = self.workspaces.pop(batch, None)
+        key = batch, torch.get_num_threads()
+        workspace = self.workspaces.pop(key, None)
         if workspace is None:
             workspace = torch.empty(ops.forward_workspace(self.dit, batch, self.int8))
             self.workspaces.clear()
         rows = rows if rows.stride(1) == 1 else rows.contiguous()
         x = x.unsqueeze(2) if self.signal else x
-        out = ops.forward(x, rows, self.weights, workspace, self.dit, self.int8)
-        self.workspaces[batch] = workspace
+        out = ops.forward(x, rows, self.weights, workspace, self.dit, self.int8, seconds)
+        self.workspaces[key] = workspace
         return out.squeeze(2) if self.signal else out

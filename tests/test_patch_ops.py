@@ -128,3 +128,13 @@ WRONG = [
 def test_wrong_arguments_are_named(op, args, message):
     with pytest.raises(ValueError, match=message):
         op(*args)
+
+
+@pytest.mark.parametrize("position", [1, 2, 3])
+@pytest.mark.parametrize("value", [[1.0], 3.0])
+def test_what_is_no_tensor_is_named(position, value):
+    args = [IMAGE, KERNEL, None, None]
+    args[position] = value
+    name = ("x", "weight", "bias", "pos")[position]
+    with pytest.raises(TypeError, match=f"{name}: got {type(value).__name__}, allowed is a tensor"):
+        patch_embed(*args)

@@ -3,7 +3,11 @@
 // Between the products the residual stream is read and written by their epilogues alone: `x +=
 // gate·(a·W + bias)` as a tile leaves its registers. What a product costs is then its arithmetic and
 // one pass over its weights. docs/native_forward.md has the figures.
-#include "cpu/forward_shared.h"
+#include <time.h>
+
+#include <atomic>
+
+#include "cpu/forward_edges.h"
 
 namespace fastdit {
 namespace {
@@ -51,60 +55,13 @@ void attend(Attention& a, int64_t batch) {
   });
 }
 
-// x (B, C, H, W) as rows of patches, channel by channel as a convolution's weight lies.
-void gather_patches(const Dit& d, const Tensor& x, float* to, int64_t stride) {
-  const float* image = static_cast<const float*>(x.data_ptr());
-  const int64_t sb = x.stride(0), sc = x.stride(1), sh = x.stride(2), sw = x.stride(3);
-  const int64_t lines = x.size(0) * d.grid_rows();
-  shared(lines, double(x.numel()), [&](int64_t begin, int64_t end) {
-    for (int64_t line = begin; line < end; ++line) {
-      const float* from = image + line / d.grid_rows() * sb + line % d.grid_rows() * d.patch_rows * sh;
-      for (int64_t column = 0; column < d.grid_columns(); ++column) {
-        float* row = to + (line * d.grid_columns() + column) * stride;
-        for (int64_t c = 0; c < d.channels; ++c)
-          for (int64_t i = 0; i < d.patch_rows; ++i)
-            for (int64_t j = 0; j < d.patch_columns; ++j)
-              *row++ = from[c * sc + i * sh + (column * d.patch_columns + j) * sw];
-      }
-    }
-  });
-}
+// What a forward's time is spent on, in the order of `seconds`.
+enum class Part { embed, norm, qkv, attention, proj, fc1, fc2, last, kCount };
 
-// Rows of pixels (patch, patch, C) as the image (B, C, H, W).
-void scatter_pixels(const Dit& d, const float* rows, int64_t stride, int64_t batch, float* image) {
-  const int64_t lines = batch * d.grid_rows(), plane = d.height * d.width;
-  shared(lines, double(batch) * d.out_channels * plane, [&](int64_t begin, int64_t end) {
-    for (int64_t line = begin; line < end; ++line) {
-      const int64_t sample = line / d.grid_rows();
-      float* to = image + sample * d.out_channels * plane +
-                  line % d.grid_rows() * d.patch_rows * d.width;
-      const float* from = rows + line * d.grid_columns() * stride;
-      for (int64_t c = 0; c < d.out_channels; ++c)
-        for (int64_t i = 0; i < d.patch_rows; ++i)
-          for (int64_t w = 0; w < d.width; ++w) {
-            const int64_t pixel = i * d.patch_columns + w % d.patch_columns;
-            to[c * plane + i * d.width + w] =
-                from[w / d.patch_columns * stride + pixel * d.out_channels + c];
-          }
-    }
-  });
-}
-
-// The modulation rows as padded vectors, each scale as 1 + scale.
-void spread_modulations(const Dit& d, const Tensor& conditioning, float* to) {
-  const int64_t batch = conditioning.size(0), width = padded(d.hidden), count = 6 * d.depth + 2;
-  const float* from = static_cast<const float*>(conditioning.data_ptr());
-  const int64_t step = conditioning.stride(0);
-  shared(batch * count, double(batch) * count * d.hidden, [&](int64_t begin, int64_t end) {
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t which = item % count;
-      const float* row = from + item / count * step + which * d.hidden;
-      const bool scale = which == count - 1 || (which < count - 2 && which % 3 == 1);
-      float* out = to + item * width;
-      for (int64_t i = 0; i < d.hidden; ++i) out[i] = row[i] + (scale ? 1.f : 0.f);
-      std::fill(out + d.hidden, out + width, 0.f);
-    }
-  });
+double thread_seconds() {
+  timespec now;
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+  return double(now.tv_sec) + 1e-9 * double(now.tv_nsec);
 }
 
 struct Forward {
@@ -114,6 +71,15 @@ struct Forward {
   const float* packed;
   float* memory;
   int64_t batch, rows, stride;
+  double* seconds = nullptr;  // this thread's, of each part
+
+  template <class F>
+  void timed(Part part, const F& f) const {
+    if (!seconds) return f();
+    const double start = thread_seconds();
+    f();
+    seconds[int(part)] += thread_seconds() - start;
+  }
 
   Forward(const Dit& dit, int64_t batch, int64_t group, const float* packed, float* memory)
       : d(dit), layout(dit, group), space(dit, batch, group), packed(packed), memory(memory),
@@ -155,31 +121,33 @@ struct Forward {
   }
 
   // g of the Linear, behind a normalisation if there is one: in 8 bits where the Linear is.
-  void run(const Linear& l, const Gemm& g, const Norm* n = nullptr) const {
+  void run(Part part, const Linear& l, const Gemm& g, const Norm* n = nullptr) const {
     if (!l.group) {
-      if (n) normalise(*n);
-      return multiply(g);
+      if (n) timed(Part::norm, [&] { normalise(*n); });
+      return timed(part, [&] { multiply(g); });
     }
     const Quantized q = quantized(g);
-    shared(rows, 4.0 * rows * g.depth, [&](int64_t begin, int64_t end) {
+    const auto prepare = [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         if (n) norm_rows(*n, row, row + 1);
         quantize_rows(q, row, row + 1);
       }
-    });
-    multiply(GemmInt8{g, q, reinterpret_cast<const int32_t*>(packed + l.weight), packed + l.scale,
-                      reinterpret_cast<const int32_t*>(packed + l.sums)});
+    };
+    timed(Part::norm, [&] { shared(rows, 4.0 * rows * g.depth, prepare); });
+    const GemmInt8 product{g, q, reinterpret_cast<const int32_t*>(packed + l.weight), packed + l.scale,
+                           reinterpret_cast<const int32_t*>(packed + l.sums)};
+    timed(part, [&] { multiply(product); });
   }
 
   // stream += gate·Linear(a)
-  void branch(const Linear& l, const float* a, int64_t a_stride, int64_t gate) const {
+  void branch(Part part, const Linear& l, const float* a, int64_t a_stride, int64_t gate) const {
     Gemm g = gemm(l, a, a_stride, stream(), stride);
     g.epilogue = Epilogue::gate, g.row = modulation(gate), g.row_step = modulation_step();
-    run(l, g);
+    run(part, l, g);
   }
 
-  void embed(const Tensor& x) const {
-    gather_patches(d, x, wide(), space.wide_stride);
+  void embed(const Tensor& x, Samples samples) const {
+    gather_patches(d, x, samples, wide(), space.wide_stride);
     Gemm g = gemm(layout.patch, wide(), space.wide_stride, stream(), stride);
     g.bias = nullptr;
     g.epilogue = Epilogue::add;
@@ -191,29 +159,43 @@ struct Forward {
     const Linear* l = &layout.blocks[PackedLayout::kPerBlock * index];
     const int64_t first = 6 * index, wide_stride = space.wide_stride;
     const Norm before = norm(first, first + 1), between = norm(first + 3, first + 4);
-    run(l[0], gemm(l[0], normed(), stride, wide(), wide_stride), &before);
+    run(Part::qkv, l[0], gemm(l[0], normed(), stride, wide(), wide_stride), &before);
     Attention a{wide(), wide_stride, normed(), stride, d.tokens(), d.heads, d.hidden / d.heads};
-    attend(a, batch);
-    branch(l[1], normed(), stride, first + 2);
+    timed(Part::attention, [&] { attend(a, batch); });
+    branch(Part::proj, l[1], normed(), stride, first + 2);
     Gemm g = gemm(l[2], normed(), stride, wide(), wide_stride);
     g.epilogue = Epilogue::gelu;
-    run(l[2], g, &between);
-    branch(l[3], wide(), wide_stride, first + 5);
+    run(Part::fc1, l[2], g, &between);
+    branch(Part::fc2, l[3], wide(), wide_stride, first + 5);
   }
 
-  void finish(float* image) const {
+  void finish(float* image, Samples samples) const {
     const Norm last = norm(6 * d.depth, 6 * d.depth + 1);
-    run(layout.last, gemm(layout.last, normed(), stride, wide(), space.wide_stride), &last);
-    scatter_pixels(d, wide(), space.wide_stride, batch, image);
+    run(Part::last, layout.last,
+        gemm(layout.last, normed(), stride, wide(), space.wide_stride), &last);
+    image += samples.begin * d.out_channels * d.height * d.width;
+    timed(Part::last, [&] { scatter_pixels(d, wide(), space.wide_stride, batch, image); });
+  }
+
+  void run(const Tensor& x, const Tensor& conditioning, Samples samples, float* image) const {
+    timed(Part::embed, [&] {
+      spread_modulations(d, conditioning, samples, memory + space.modulations);
+      embed(x, samples);
+    });
+    for (int64_t i = 0; i < d.depth; ++i) block(i);
+    finish(image, samples);
   }
 };
 
 int64_t forward_workspace(std::vector<int64_t> numbers, int64_t batch, bool int8) {
-  return Workspace(dit_of(numbers), batch, group_of(int8)).floats;
+  const Dit d = dit_of(numbers);
+  return Shares(d, batch, group_of(int8)).floats(d, group_of(int8)) + 16;
 }
 
+// `seconds`, if given: processor time of each part is added to it, (threads, 8) in float64.
 Tensor forward(const Tensor& x, const Tensor& conditioning, const Tensor& packed,
-               const Tensor& workspace, std::vector<int64_t> numbers, bool int8) {
+               const Tensor& workspace, std::vector<int64_t> numbers, bool int8,
+               MaybeTensor seconds) {
   const Dit d = dit_of(numbers);
   const int64_t group = group_of(int8);
   const int64_t batch = x.dim() ? x.size(0) : 0;
@@ -225,18 +207,43 @@ Tensor forward(const Tensor& x, const Tensor& conditioning, const Tensor& packed
   const float* weights = floats_of(packed, {PackedLayout(d, group).floats}, "packed");
   STD_TORCH_CHECK(weights[0] == float(panel()) && weights[1] == float(group),
                   "packed: for another instruction set");
-  const int64_t floats = Workspace(d, batch, group).floats;
-  STD_TORCH_CHECK(workspace.numel() >= floats, "workspace: too small");
+  const Shares shares(d, batch, group);
+  STD_TORCH_CHECK(workspace.numel() >= shares.floats(d, group) + 16, "workspace: too small");
   floats_of(workspace, {workspace.numel()}, "workspace");
   Tensor out = empty({batch, d.out_channels, d.height, d.width}, ScalarType::Float);
   if (batch == 0) return out;
+  float* image = static_cast<float*>(out.data_ptr());
   const auto address = reinterpret_cast<uintptr_t>(workspace.data_ptr());
-  const Forward f(d, batch, group, weights, reinterpret_cast<float*>((address + 63) / 64 * 64));
-  spread_modulations(d, conditioning, f.memory + f.space.modulations);
-  f.embed(x);
-  for (int64_t i = 0; i < d.depth; ++i) f.block(i);
-  f.finish(static_cast<float*>(out.data_ptr()));
+  float* memory = reinterpret_cast<float*>((address + 63) / 64 * 64);
+  constexpr int64_t kParts = int64_t(Part::kCount);
+  double* spent = nullptr;
+  if (seconds) {
+    STD_TORCH_CHECK(seconds->scalar_type() == ScalarType::Double && seconds->is_cpu() &&
+                        seconds->is_contiguous(), "seconds: must be a contiguous float64 CPU tensor");
+    check_shape(*seconds, {threads(), kParts}, "seconds");
+    spent = static_cast<double*>(seconds->data_ptr());
+  }
+  const auto run = [&](Samples samples, int64_t slot) {
+    if (!samples.count()) return;
+    Forward f(d, samples.count(), group, weights, memory + slot * shares.slot(d, group));
+    f.seconds = spent ? spent + slot * kParts : nullptr;
+    f.run(x, conditioning, samples, image);
+  };
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, shares.slots, 1, [&](int64_t slot, int64_t) {
+    const Alone alone;
+    for (int64_t job; (job = next++) < shares.jobs;)
+      run(shares.job(job), slot);
+  });
+  run({shares.alone, batch}, 0);
   return out;
+}
+
+// Does nothing else for `steps` steps; returns how many operations of float32 that were.
+int64_t multiply_adds(int64_t steps) {
+  int64_t flop;
+  fma_chains(steps, flop);
+  return flop;
 }
 
 }  // namespace
@@ -245,12 +252,14 @@ Tensor forward(const Tensor& x, const Tensor& conditioning, const Tensor& packed
 STABLE_TORCH_LIBRARY_FRAGMENT(fastdit_native, m) {
   m.def("forward_workspace(int[] dit, int batch, bool int8) -> int");
   m.def(
-      "forward(Tensor x, Tensor conditioning, Tensor packed, Tensor workspace, int[] dit, bool int8) "
-      "-> Tensor");
+      "forward(Tensor x, Tensor conditioning, Tensor packed, Tensor workspace, int[] dit, bool int8, "
+      "Tensor(a!)? seconds=None) -> Tensor");
+  m.def("multiply_adds(int steps) -> int");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastdit_native, CPU, m) {
   m.impl("forward", TORCH_BOX(&fastdit::forward));
 }
 STABLE_TORCH_LIBRARY_IMPL(fastdit_native, CompositeExplicitAutograd, m) {
   m.impl("forward_workspace", TORCH_BOX(&fastdit::forward_workspace));
+  m.impl("multiply_adds", TORCH_BOX(&fastdit::multiply_adds));
 }

@@ -126,3 +126,4 @@ FASTDIT_KERNEL(attention_items, (const Attention& a, int64_t begin, int64_t end,
 FASTDIT_KERNEL(attention_scratch, (const Attention& a, int64_t& floats), (a, floats))
 FASTDIT_KERNEL(dots_columns, (const Dots& d, int64_t begin, int64_t end), (d, begin, end))
 FASTDIT_KERNEL(silu_floats, (float* values, int64_t count), (values, count))
+FASTDIT_KERNEL(fma_chains, (int64_t steps, int64_t& flop), (steps, flop))

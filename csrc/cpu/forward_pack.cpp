@@ -1,10 +1,25 @@
 // Packing the weights of a DiT for the native forward: once, as panels of the instruction set.
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <cstring>
 
 #include "cpu/forward_shared.h"
 
 namespace fastdit {
 namespace {
+
+// Asks for pages of 2 MB before the first is touched: a forward reads every one of them, and misses
+// of the page table took 1 to 5 percent of a product. Where they are not to be had nothing changes.
+void use_large_pages(float* memory, int64_t floats) {
+#if defined(__linux__)
+  constexpr uintptr_t kPage = 2 << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) / kPage * kPage;
+  const uintptr_t end = reinterpret_cast<uintptr_t>(memory + floats) / kPage * kPage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
 
 void pack(const Linear& l, const Tensor& weight, const Tensor& bias, float* memory) {
   const float* from = floats_of(weight, {l.rows, l.depth}, "weight");
@@ -31,6 +46,7 @@ Tensor forward_pack(std::vector<Tensor> parameters, std::vector<int64_t> numbers
   STD_TORCH_CHECK(parameters.size() == 2 * layout.blocks.size() + 5, "parameters: wrong length");
   Tensor packed = empty({layout.floats}, ScalarType::Float);
   float* memory = static_cast<float*>(packed.data_ptr());
+  use_large_pages(memory, layout.floats);
   std::fill(memory, memory + 16, float(panel()));
   memory[1] = float(group_of(int8));
   pack(layout.patch, parameters[0], parameters[1], memory);

@@ -1,6 +1,7 @@
 // What the ops of the native forward share: threads, checks, and the numbers of a DiT.
 #pragma once
 
+#include <atomic>
 #include <vector>
 
 #include "cpu/forward_layout.h"
@@ -9,15 +10,36 @@
 
 namespace fastdit {
 
-inline int64_t threads() { return torch::stable::get_num_threads(); }
+// While one is alive this thread works alone: others run the same code on other samples.
+struct Alone {
+  static inline thread_local int64_t alive = 0;
+  Alone() { ++alive; }
+  ~Alone() { --alive; }
+};
 
-// f(begin, end) over `count` items on as many threads as there are, if the work is worth them.
+inline int64_t threads() { return Alone::alive ? 1 : torch::stable::get_num_threads(); }
+
+// f(begin, end) over `count` items on as many threads as there are, if the work is worth them. A
+// thread takes a quarter of its share of what is left, again and again: where equal shares would
+// wait for the thread that something else held up, here the others take its items.
 template <class F>
 void shared(int64_t count, double work, const F& f) {
   constexpr double kWorth = 2e4;  // multiplications: 1 µs, half of what waking a thread takes
   if (count <= 0) return;
-  if (count == 1 || work < kWorth || threads() == 1) return f(int64_t{0}, count);
-  torch::stable::parallel_for(0, count, 1, f);
+  const int64_t workers = threads();
+  if (count == 1 || work < kWorth || workers == 1) return f(int64_t{0}, count);
+  const int64_t least = std::max<int64_t>(1, int64_t(count * std::min(1.0, 10 * kWorth / work)));
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
+    int64_t begin = next.load(std::memory_order_relaxed);
+    while (begin < count) {
+      const int64_t share = std::max(least, (count - begin) / (4 * workers));
+      const int64_t end = std::min(count, begin + share);
+      if (!next.compare_exchange_weak(begin, end)) continue;
+      f(begin, end);
+      begin = next.load(std::memory_order_relaxed);
+    }
+  });
 }
 
 inline int64_t panel() {

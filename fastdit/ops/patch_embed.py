@@ -101,6 +101,8 @@ def patch_embed(
 
     Source: Dosovitskiy et al. 2020, equation 1; the published `x_embedder(x) + pos_embed`.
     """
-    if isinstance(x, Tensor) and _checks.autocast_dtype(x) is None:
+    tensors = all(isinstance(t, Tensor) for t in (x, weight))
+    optional = all(t is None or isinstance(t, Tensor) for t in (bias, pos))
+    if tensors and optional and _checks.autocast_dtype(x) is None:
         return _patch_embed.checked(x, weight, bias, pos)
     return _patch_embed(*_arguments(x, weight, bias, pos))

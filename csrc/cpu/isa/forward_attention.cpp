@@ -51,19 +51,23 @@ INLINE void transpose(Vec (&rows)[L]) {
       }
 }
 
-// Kᵀ as panels (head_dim, kPanel), zeros behind the last key.
+// Columns of the panel that begins with key n: one vector where no more are left.
+INLINE int64_t key_panel(const Attention& a, int64_t n) { return a.tokens - n > L ? kPanel : L; }
+
+// Kᵀ as panels (head_dim, kPanel), or (head_dim, L) where L keys are left, zeros behind the last.
 FLATTEN void pack_keys(const Attention& a, const float* keys, float* to) {
   const int64_t d = a.head_dim;
-  for (int64_t n = 0; n < up(a.tokens, kPanel); n += L)
+  for (int64_t n = 0; n < up(a.tokens, L); n += L)
     for (int64_t j = 0; j < d; j += L) {
-      float* panel = to + n / kPanel * kPanel * d + n % kPanel + j * kPanel;
+      const int64_t first = n / kPanel * kPanel, width = key_panel(a, first);
+      float* panel = to + first * d + n - first + j * width;
       Vec square[L] = {};
       for (int i = 0; i < L && n + i < a.tokens; ++i) {
         const float* key = keys + (n + i) * a.qkv_stride + j;
         square[i] = j + L <= d ? load(key, Full{}) : load(key, Tail{int(d - j)});
       }
       transpose(square);
-      for (int i = 0; i < L && j + i < d; ++i) store(panel + i * kPanel, square[i], Full{});
+      for (int i = 0; i < L && j + i < d; ++i) store(panel + i * width, square[i], Full{});
     }
 }
 
@@ -115,9 +119,14 @@ INLINE void query_tile(const Attention& a, const float* queries, int rows, const
   for (int64_t key = 0; key < a.tokens; key += kKeys) {
     const int64_t keys = key + kKeys < a.tokens ? kKeys : a.tokens - key;
     for (int64_t n = 0; n < keys; n += kPanel) {
-      any_tile<2>(rows, queries, a.qkv_stride, s.keys + (key + n) * d, d, s.products, false);
+      const float* panel = s.keys + (key + n) * d;
+      const int64_t columns = key_panel(a, key + n);
+      if (columns > L)
+        any_tile<2>(rows, queries, a.qkv_stride, panel, d, s.products, false);
+      else
+        any_tile<1>(rows, queries, a.qkv_stride, panel, d, s.products, false);
       for (int r = 0; r < rows; ++r)
-        for (int c = 0; c < kPanel; c += L)
+        for (int64_t c = 0; c < columns; c += L)
           store(s.scores + r * kKeys + n + c, load(s.products + r * kPanel + c, Full{}), Full{});
     }
     float corrections[kTile];

@@ -32,6 +32,9 @@ INLINE void norm_row(const Norm& n, const float* x, const float* mul, const floa
   });
 }
 
+// Weights ahead, 4 KB: 7 percent more than by the hardware's prefetching with 1 row, 40 with 8.
+constexpr int64_t kAhead = 1024;
+
 // An R×C square of dot products; each is one chain of vectors, whatever R and C.
 template <int R, int C>
 INLINE void dots_square(const Dots& d, int64_t m, int64_t n) {
@@ -40,7 +43,10 @@ INLINE void dots_square(const Dots& d, int64_t m, int64_t n) {
   const float* w = d.w + n * d.depth;
   sweep<1>(d.depth, [&](int64_t k, auto part, int) {
     Vec row[C];
-    for (int c = 0; c < C; ++c) row[c] = load(w + c * d.depth + k, part);
+    for (int c = 0; c < C; ++c) {
+      prefetch(w + c * d.depth + k, kAhead);
+      row[c] = load(w + c * d.depth + k, part);
+    }
     for (int r = 0; r < R; ++r) {
       const Vec v = load(a + r * d.depth + k, part);
       for (int c = 0; c < C; ++c) sums[r][c] = muladd(v, row[c], sums[r][c]);
@@ -78,7 +84,23 @@ void dots_columns(const Dots& d, int64_t begin, int64_t end) {
 }
 
 FLATTEN void silu_floats(float* values, int64_t count) {
-  sweep<1>(count, [&](int64_t d, auto part, int) { store(values + d, silu(load(values + d, part)), part); });
+  sweep<1>(count, [&](int64_t d, auto part, int) {
+    store(values + d, silu(load(values + d, part)), part);
+  });
+}
+
+// The machine's ceiling: twelve chains of multiply-adds in registers, enough to hide their latency.
+void fma_chains(int64_t steps, int64_t& flop) {
+  constexpr int kChains = 12;
+  Vec sums[kChains];
+  for (int i = 0; i < kChains; ++i) sums[i] = all(float(i));
+  const Vec factor = all(0.5f), term = all(1);
+  for (int64_t step = 0; step < steps; ++step)
+#pragma GCC unroll 12
+    for (int i = 0; i < kChains; ++i) sums[i] = muladd(sums[i], factor, term);
+  float rest = 0;
+  for (int i = 0; i < kChains; ++i) rest += total(sums[i]);
+  flop = rest == rest ? 2 * kChains * L * steps : 0;
 }
 
 }  // namespace fastdit::FASTDIT_ISA

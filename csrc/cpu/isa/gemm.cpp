@@ -14,6 +14,15 @@ constexpr int64_t kMostRows = 4096;  // whose partial sums lie in scratch memory
 
 int64_t blocks_of(int64_t depth) { return depth ? (depth + kDepth - 1) / kDepth : 1; }
 
+// Of the next tile of A the lines that one panel of `count` has time for, towards the second-level
+// cache: at 14 places at once the hardware sees no stream. A percent or two.
+INLINE void fetch_next(const Gemm& g, int64_t row, int64_t rows, int64_t k, int64_t depth,
+                       int64_t panel, int64_t count) {
+  for (int64_t r = rows * panel / count; r < rows * (panel + 1) / count; ++r)
+    for (int64_t i = 0; i < depth; i += 16)
+      __builtin_prefetch(g.a + (row + r) * g.a_stride + k + i, 0, 2);
+}
+
 // One group of panels, all blocks of the depth, rows [row, row_end).
 void group_product(const Gemm& g, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end,
                    float* scratch) {
@@ -22,7 +31,10 @@ void group_product(const Gemm& g, int64_t row, int64_t row_end, int64_t panel, i
     const int64_t k = g.depth * block / blocks, depth = g.depth * (block + 1) / blocks - k;
     float* sums = scratch;
     for_tiles(row, row_end, [&](int64_t first, int64_t rows) {
+      const int64_t next = first + rows, coming = row_end - next < kTile ? row_end - next : kTile;
       for (int64_t p = panel; p < panel_end; ++p) {
+        fetch_next(g, next, coming, k, depth, p - panel, panel_end - panel);
+        if (block == blocks - 1) fetch_result(g, first, rows, p * kPanel);
         any_tile<2>(int(rows), g.a + first * g.a_stride + k, g.a_stride,
                     g.b + (p * g.depth + k) * kPanel, depth, sums, block > 0);
         if (block == blocks - 1) finish(g, first, rows, p * kPanel, sums);

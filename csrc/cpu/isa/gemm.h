@@ -12,9 +12,9 @@
 namespace fastdit::FASTDIT_ISA {
 
 #if defined(__AVX512F__) && FASTDIT_LANES == 16
-constexpr int kTile = 14;
+constexpr int kTile = 14, kShortTile = 10;  // 11 to 13 rows reach 94 % of the peak, others 98
 #else
-constexpr int kTile = 6;
+constexpr int kTile = 6, kShortTile = 6;
 #endif
 constexpr int kPanel = 2 * L;
 static_assert(kWidest % kPanel == 0);
@@ -66,10 +66,11 @@ INLINE void any_tile(int rows, const float* a, int64_t a_stride, const float* b,
   if constexpr (R > 1) any_tile<V, R - 1>(rows, a, a_stride, b, depth, to, add);
 }
 
-// f(begin, count) over tiles of nearly equal height.
+// f(begin, count) over tiles: whole ones, and the rest, up to two tiles less a row, in equal parts.
 template <class F>
 INLINE void for_tiles(int64_t begin, int64_t end, F f) {
-  const int64_t rows = end - begin, tiles = (rows + kTile - 1) / kTile;
+  for (; end - begin >= 2 * kTile || end - begin == kTile; begin += kTile) f(begin, kTile);
+  const int64_t rows = end - begin, tiles = (rows + kShortTile - 1) / kShortTile;
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t first = begin + rows * t / tiles;
     f(first, begin + rows * (t + 1) / tiles - first);

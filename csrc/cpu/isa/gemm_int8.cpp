@@ -111,6 +111,7 @@ void gemm_int8_block(const GemmInt8& g, int64_t row, int64_t row_end, int64_t pa
   for (int64_t from = panel; from < panel_end; from += step)
     for_tiles(row, row_end, [&](int64_t first, int64_t rows) {
       for (int64_t p = from; p < from + step && p < panel_end; ++p) {
+        fetch_result(g.g, first, rows, p * kPanel);
         any_int8_tile(int(rows), quads, g.a.words + first * g.a.stride, g.a.stride,
                       g.b + p * groups * kPanel, groups, sums);
         dequantize(g, first, rows, p * kPanel, sums, tile);
