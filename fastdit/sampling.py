@@ -19,7 +19,7 @@ from fastdit import flow
 from fastdit.flow import ODE, SDE, Guidance, Transport
 from fastdit.model import DiT
 from fastdit.ops._checks import fail
-from fastdit.sampler import DIFFUSION_SOLVERS, FLOW_SOLVERS, Sampler
+from fastdit.sampler import DIFFUSION_SOLVERS, FLOW_SOLVERS, Sampler, options
 from fastdit.sampler.conditions import Classes, given_conditions
 
 SOLVERS = (*DIFFUSION_SOLVERS, *FLOW_SOLVERS, "dopri5")
@@ -90,11 +90,14 @@ def sample(
         `(B, C, *size)` samples in the model's dtype.
 
     Raises:
-        ValueError: a label the model does not have, an unknown solver, or guidance of a model
-            that has no null class.
+        ValueError, TypeError: no DiT, a label that it does not have, an unknown solver, guidance of
+            a model that has no null class, or another argument that does not fit, which is named.
 
     Source: Peebles & Xie 2022; Song et al. 2021; Lu et al. 2022; Ma et al. 2024.
     """
+    options.checked_model(model)
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+        fail("seed", repr(seed), "None or an int; a Sampler takes a seed for each sample")
     device = next(model.parameters()).device
     if transport is not None and solver == "dopri5":
         given = {"steps": steps, "eta": eta, "clip_denoised": clip_denoised}
@@ -138,16 +141,11 @@ def _adaptive(
     interval: tuple[float, float] | None,
 ) -> Tensor:
     """Samples of a flow by torchdiffeq's dopri5."""
-    if cfg_scale != 1 and not model.guidable:
-        fail("cfg_scale", cfg_scale, "1 for a model without a null class")
+    guided = options.guided_channels(model, cfg_scale, guided_channels)
     parameter = next(model.parameters())
     y, count = given_conditions(model, classes)
     z = torch.randn((count, model.in_channels, *model.input_size), device=parameter.device)
-    guidance = Guidance(
-        cfg_scale,
-        (0.0, 1.0) if interval is None else interval,
-        min(3, model.in_channels) if guided_channels is None else guided_channels,
-    )
+    guidance = Guidance(cfg_scale, (0.0, 1.0) if interval is None else interval, guided)
     draw = flow.Sampler(transport).sample_ode(num_steps=2, guidance=guidance)
     kwargs = {} if y is None else {"y": y.to(parameter.device)}
     return draw(z.to(parameter.dtype), model, **kwargs)[-1]

@@ -147,6 +147,8 @@ FORWARD_FP32: Table = {
     "sm_100": (
         Tile(64, 32, 32, 4, 2),
         Tile(80, 32, 32, 4, 2, max_registers=128),
+        Tile(96, 32, 16, 8, 2, max_registers=128),
+        Tile(112, 32, 16, 8, 2),
         Tile(128, 32, 16, 8, 2, max_registers=128),
     ),
     "any": (Tile(80, 32, 32, 4, 2), Tile(128, 32, 16, 8, 2, max_registers=128)),

@@ -182,7 +182,20 @@ DQ_FP32: Table = {
 }
 DKV_FP32: Table = {
     # 104 channels on 4 warps take 255 registers and spill, on 8 at most 122. 32 channels on 8 warps
-    # would load 64 bits a thread.
+    # would load 64 bits a thread. Unlimited, ptxas keeps the limited rows to 80 and spills.
+    "sm_80": (
+        Tile(32, 16, 32, 4, 2),
+        Tile(64, 16, 32, 8, 2),
+        Tile(72, 16, 32, 8, 2, max_registers=128),
+        Tile(112, 16, 32, 8, 2),
+        Tile(128, 16, 32, 8, 2, max_registers=128),
+    ),
+    "sm_90": (
+        Tile(32, 16, 32, 4, 2),
+        Tile(48, 16, 32, 8, 2, max_registers=128),
+        Tile(112, 16, 32, 8, 2),
+        Tile(128, 16, 32, 4, 2),
+    ),
     "any": (Tile(32, 16, 32, 4, 2), Tile(128, 16, 32, 8, 2)),
     "gfx942": (Tile(16, 16, 32, 2, 1), Tile(128, 16, 32, 4, 1)),
 }

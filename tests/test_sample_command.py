@@ -135,7 +135,6 @@ def test_the_profile_is_printed_and_traced(sample, tmp_path):
     ("name", "options", "message"),
     [
         ("none", ["--classes", "1"], "the model has none; --count"),
-        ("none", ["--count", "0"], "--count, --per-class: allowed is 1 or more"),
         ("none", ["--vectors", "1,2"], "--vectors: the model takes none"),
         ("classes", [], "--classes: got none, allowed are labels 0 to 1"),
         ("classes", ["--count", "2"], "--count: the model has classes"),

@@ -136,3 +136,35 @@ def test_an_error_of_a_write_names_the_file(model, tmp_path):
     long = tmp_path / ("x" * 300)
     with pytest.raises(OSError, match=f"'{re.escape(str(long))}'"):
         fastdit.save_model(model, long)
+
+
+@pytest.mark.parametrize("run", [fastdit.sample, fastdit.Sampler], ids=["sample", "Sampler"])
+@pytest.mark.parametrize("wrong", ["model.pt", torch.nn.Linear(2, 2)], ids=["path", "Linear"])
+def test_samplers_ask_for_a_model(run, wrong):
+    with pytest.raises(TypeError, match=f"^model: got {type(wrong).__name__}, .*load_model"):
+        run(wrong, classes=[1]) if run is fastdit.sample else run(wrong)
+
+
+@pytest.mark.parametrize(
+    ("classes", "options", "message"),
+    [
+        ([1.5], {}, r"^classes: got \[1.5\], allowed is integer labels"),
+        (torch.tensor([True]), {}, "^classes: got .*, allowed is integer labels"),
+        (["cat"], {}, r"^classes: got \['cat'\], allowed is a list of labels"),
+        ([1], {"cfg_scale": float("nan")}, "^cfg_scale: got nan, allowed is a finite number"),
+        ([1], {"cfg_scale": "4"}, "^cfg_scale: got '4', allowed is a finite number"),
+        ([1], {"seed": 1.5}, "^seed: got 1.5, allowed is None or an int"),
+        ([1], {"seed": [1]}, r"^seed: got \[1\], allowed is None or an int"),
+    ],
+)
+def test_what_cannot_be_sampled(model, classes, options, message):
+    for more in ({}, {"transport": fastdit.create_transport(), "solver": "dopri5"}):
+        with pytest.raises(ValueError, match=message):
+            fastdit.sample(model, classes, **options, **more)
+
+
+@pytest.mark.parametrize("option", ["--batch-size", "--count", "--per-class"])
+def test_counts_of_the_command_line(option, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["sample", "--ckpt", "digits", option, "-1"])
+    assert f"{option}: got '-1', allowed is an int >= 1" in capsys.readouterr().err

@@ -45,6 +45,16 @@ def class_list(text: str) -> list[int]:
         ) from None
 
 
+def count(text: str) -> int:
+    """An int of at least 1."""
+    try:
+        if (value := int(text)) >= 1:
+            return value
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"got {text!r}, allowed is an int >= 1")
+
+
 def vectors(text: str) -> Tensor:
     """`"0.1,0.2;0.3,0.4"`, or the array of an .npy or .npz file, as `(N, K)` float32 vectors."""
     try:
@@ -72,8 +82,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--ckpt", required=True, help="file, folder or hub id; 'digits', 'digits-flow': shipped")
     add("--classes", type=class_list, help="labels, such as 207,360")
     add("--vectors", type=vectors, help="conditions: a,b;c,d or an .npy or .npz file of (N, K)")
-    add("--per-class", type=int, default=1, help="samples of each class or vector (default 1)")
-    add("--count", type=int, help="samples of a model without condition (default 1)")
+    add("--per-class", type=count, default=1, help="samples of each class or vector (default 1)")
+    add("--count", type=count, help="samples of a model without condition (default 1)")
     add("--quality", choices=PRESETS, help="solver, steps and more where they are not given")
     add("--steps", type=int, help="denoising steps (default 250)")
     add("--spacing", choices=SPACINGS, help="of the timesteps (default uniform)")
@@ -88,7 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--last-step-size", type=float, help="of an SDE (default one step's)")
     add("--eta", type=float, default=0.0, help="DDIM's noise (default 0)")
     add("--seed", type=int, default=0, help="default 0")
-    add("--batch-size", type=int, help="samples at once (default: all, as published)")
+    add("--batch-size", type=count, help="samples at once (default: all, as published)")
     add("--vae", default=VAE, help=f"folder or hub id of the decoder, or 'none' (default {VAE})")
     add("--quantize", help="of the products on a CPU, such as int8 (default: none)")
     add("--out", type=Path, default=Path("samples.png"), help=".png, .npz, .npy or .wav")
@@ -221,8 +231,6 @@ def run(args: argparse.Namespace) -> None:
     raw = what != "latents" or args.vae == "none" or args.out.suffix == ".wav"
     vae = None if raw else load_vae(args.vae, device)
     conditions = chosen_conditions(args, model)
-    if not len(conditions):
-        raise SystemExit("--count, --per-class: allowed is 1 or more")
     scale = args.cfg_scale if args.cfg_scale is not None else 4.0 if model.guidable else 1.0
     options = {
         "steps": args.steps,

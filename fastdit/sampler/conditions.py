@@ -51,9 +51,15 @@ def given_conditions(model: DiT, classes: Classes) -> tuple[Tensor | None, int]:
         if vectors.dim() != 2 or vectors.shape[1] != width or len(vectors) == 0:
             fail("classes", tuple(vectors.shape), f"(B, {width}) vectors")
         return vectors, len(vectors)
-    labels = torch.as_tensor(classes, dtype=torch.int64)
+    try:
+        labels = torch.as_tensor(classes)
+    except (TypeError, ValueError, RuntimeError):
+        fail("classes", repr(classes), "a list of labels")
     if labels.dim() != 1 or labels.numel() == 0:
         fail("classes", tuple(labels.shape), "a non-empty list of labels")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        fail("classes", repr(classes), "integer labels")
+    labels = labels.long()
     if labels.min() < 0 or labels.max() >= model.num_classes:
         fail("classes", labels.tolist(), f"0 to {model.num_classes - 1}")
     return labels, len(labels)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from numbers import Real
 from typing import Any
 
 from fastdit.diffusion import SPACINGS, GaussianDiffusion, create_diffusion
@@ -87,7 +89,18 @@ def _schedule(
     return create_diffusion(f"{prefix}{steps}", learn_sigma=model.learn_sigma)
 
 
+def checked_model(model: Any) -> None:
+    """A DiT, whether or not something is wrapped around it that lets its attributes through."""
+    if not hasattr(model, "guidable"):
+        raise TypeError(
+            f"model: got {type(model).__name__}, allowed is a fastdit.DiT; "
+            "fastdit.load_model reads one from a checkpoint"
+        )
+
+
 def guided_channels(model: DiT, cfg_scale: float, channels: int | None) -> int:
+    if not isinstance(cfg_scale, Real) or not math.isfinite(cfg_scale):
+        fail("cfg_scale", repr(cfg_scale), "a finite number")
     if cfg_scale != 1 and not model.guidable:
         fail("cfg_scale", cfg_scale, "1 for a model without a null class")
     if channels is None:

@@ -72,7 +72,7 @@ class Sampler:
         quantize: `"int8"` multiplies in 8 bits there; None does not.
 
     Raises:
-        ValueError: an argument that does not fit, which is named.
+        ValueError, TypeError: an argument that does not fit, which is named.
     """
 
     def __init__(
@@ -97,6 +97,7 @@ class Sampler:
         native: bool | None = None,
         quantize: str | None = None,
     ) -> None:
+        options.checked_model(model)
         self.model = model
         self.guided_channels = options.guided_channels(model, cfg_scale, guided_channels)
         self.plan: Plan = options.plan_of(
