@@ -27,17 +27,13 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def on_the_cpu() -> Iterator[None]:
     """Inside, the three ops' Triton kernels are those of CPU tensors, for use in a VirtualGPU, and
     few tokens fill many slots: an interpreted program takes milliseconds."""
-    kernels = {
-        (kernel.op, "cpu"): [dataclasses.replace(kernel, device="cpu")]
-        for op in OPS
-        for kernel in importlib.import_module(f"fastdit.kernels.{op}").KERNELS
-    }
-    backends.kernels_for("adaln", "cpu")  # loaded now, not into what is patched
-    with (
-        mock.patch.dict(backends._kernels, kernels),
-        mock.patch.object(slot_sums, "SLOTS", SMALL_SLOTS),
-        mock.patch.object(slot_sums, "FINISH", SMALL_FINISH),
-    ):
+    with contextlib.ExitStack() as stack:
+        for op in OPS:
+            for kernel in importlib.import_module(f"fastdit.kernels.{op}").KERNELS:
+                own = dataclasses.replace(kernel, device="cpu")
+                stack.enter_context(backends.replaced(kernel.op, "cpu", [own]))
+        stack.enter_context(mock.patch.object(slot_sums, "SLOTS", SMALL_SLOTS))
+        stack.enter_context(mock.patch.object(slot_sums, "FINISH", SMALL_FINISH))
         yield
 
 
