@@ -171,7 +171,8 @@ def candidates(name: str, batch: int, peers: set[str], threads: int):
     x = torch.randn(batch, model.in_channels, *model.input_size, generator=g)
     t = torch.randint(0, 1000, (batch,), generator=g)
     y = torch.randint(0, model.num_classes, (batch,), generator=g)
-    args, eager = (x, t, y), Published(model)
+    # In eval mode: ONNX export puts the module back into the mode it found it in.
+    args, eager = (x, t, y), Published(model).eval()
     native, int8 = fastdit.NativeForward(model), fastdit.NativeForward(model, quantize="int8")
     rows = native.conditioning(t, y)
     found: dict[str, Forward] = {
