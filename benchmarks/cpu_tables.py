@@ -1,6 +1,6 @@
 """The tables of docs/kernels_cpu.md: every CPU kernel, one thread and two, forward and backward.
 
-    python benchmarks/cpu_tables.py              # print them; about six minutes on an idle machine
+    python benchmarks/cpu_tables.py              # print them; about a minute on an idle machine
     python benchmarks/cpu_tables.py --write      # and put them into the page
     python benchmarks/cpu_tables.py --only gelu  # the lines whose case holds this
 
