@@ -85,6 +85,8 @@ INLINE void for_tiles(int64_t begin, int64_t end, F f) {
   }
 }
 
+void dots_near(const Dots& d, int64_t begin, int64_t end);
+
 // The product with few rows that a thread has beside `steps` tiles of another: a share of its weights
 // is on its way from memory during each tile, and multiplied behind it.
 class Beside {
@@ -95,15 +97,15 @@ class Beside {
     bytes = (s.end - s.begin) * s.dots->depth * int64_t(sizeof(float));
   }
   ~Beside() {
-    if (s.begin < s.end) FASTDIT_ISA::dots_columns(*s.dots, s.begin, s.end);
+    if (s.begin < s.end) dots_near(*s.dots, s.begin, s.end);
   }
 
   // Before a tile of `depth` steps: what it is to ask for.
   Ahead next(const void* otherwise, int64_t depth) {
     if (!steps) return {static_cast<const char*>(otherwise)};
     const int64_t column = s.dots->depth * int64_t(sizeof(float));
-    const int64_t come = first + asked / column, here = s.dots->rows > 4 ? come / 4 * 4 : come;
-    if (s.begin < here) FASTDIT_ISA::dots_columns(*s.dots, s.begin, here), s.begin = here;
+    const int64_t come = first + asked / column, here = come - (come - first) % 8;
+    if (s.begin < here) dots_near(*s.dots, s.begin, here), s.begin = here;
     const char* from = reinterpret_cast<const char*>(s.dots->w + first * s.dots->depth) + asked;
     const int64_t begun = asked;
     asked = bytes * ++step / steps;
