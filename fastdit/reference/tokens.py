@@ -23,7 +23,7 @@ def bias_gelu_backward(dout, x, bias):
     return dx.to(x.dtype).contiguous(), dbias.to(bias.dtype)
 
 
-# ---- glu: act(gate)·up ----------------------------------------------------------------------------
+# ---- glu: act(gate)·up --------------------------------------------------------------------------
 
 _gelu_tanh = partial(F.gelu, approximate="tanh")
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": _gelu_tanh}
