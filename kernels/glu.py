@@ -65,14 +65,14 @@ def normal_ratio(size):
 @triton.jit
 def distribution(z, ACTIVATION: tl.constexpr):
     """P(z) and P'(z). From |z| = 16 on, GELU's e is 0 in float32; there its polynomials are those
-    of 16, which cannot overflow to 0·∞."""
+    of 16, which cannot overflow to 0·∞. A NaN may be lost here: the products with z bring it back."""
     size = tl.abs(z)
     if ACTIVATION == "silu":
         e = tl.exp2(-size * LOG2E)
         tail = e / (1 + e)
         density = tail * (1 - tail)
     else:
-        size = tl.minimum(size, 16.0, propagate_nan=tl.PropagateNan.ALL)
+        size = tl.minimum(size, 16.0)
         square = size * size
         if ACTIVATION == "gelu":
             e = tl.exp2(square * (-0.5 * LOG2E))

@@ -169,6 +169,11 @@ def test_strided_inputs_are_read_in_place():
     assert launches[0].arguments["up_ptr"].data_ptr() == x.data_ptr()
     want, _ = run(kernels.glu_backward, dout.contiguous(), dense, *options)
     assert all(map(torch.equal, got, want))
+    gate, up = wide[:, 80:120], dense[:, :40]  # of different strides
+    got, _ = run(kernels.glu_backward, dout, gate, up, None, "silu", True)
+    copies = gate.contiguous(), up.contiguous()
+    want, _ = run(kernels.glu_backward, dout.contiguous(), *copies, None, "silu", True)
+    assert all(map(torch.equal, got, want))
     halves = dense.chunk(2, -1)
     apart, (launch,) = run(kernels.glu, *halves[::-1], None, "silu", True)
     assert launch.arguments["gate_ptr"].data_ptr() == halves[1].data_ptr()

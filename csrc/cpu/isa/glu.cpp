@@ -7,7 +7,7 @@
 namespace fastdit::FASTDIT_ISA {
 namespace {
 
-constexpr int64_t kAhead = 512;  // as in bias_gelu.cpp
+constexpr int64_t kUnitsAhead = 512;  // as in bias_gelu.cpp
 
 template <class X>
 INLINE X* at(const Strided& rows, int64_t row) {
@@ -35,8 +35,8 @@ FLATTEN void forward(const Glu& a, int64_t begin, int64_t end, const Biases& bia
     const X *gate = at<X>(a.gate, row), *up = at<X>(a.up, row);
     X* out = static_cast<X*>(a.out) + row * a.width;
     sweep<1>(a.width, [&](int64_t d, auto part, int) {
-      prefetch(gate + d, kAhead);
-      prefetch(up + d, kAhead);
+      prefetch(gate + d, kUnitsAhead);
+      prefetch(up + d, kUnitsAhead);
       const Vec z = load(gate + d, part) + load(bias.gate + d, part);
       const Vec value = load(up + d, part) + load(bias.up + d, part);
       store(out + d, A::value(z) * value, part);
@@ -52,9 +52,9 @@ FLATTEN void backward(const Glu& a, int64_t begin, int64_t end, const Biases& bi
     const X* dout = static_cast<const X*>(a.dout) + row * a.width;
     X *dgate = at<X>(a.dgate, row), *dup = at<X>(a.dup, row);
     sweep<1>(a.width, [&](int64_t d, auto part, int) {
-      prefetch(gate + d, kAhead);
-      prefetch(up + d, kAhead);
-      prefetch(dout + d, kAhead);
+      prefetch(gate + d, kUnitsAhead);
+      prefetch(up + d, kUnitsAhead);
+      prefetch(dout + d, kUnitsAhead);
       const Vec z = load(gate + d, part) + load(bias.gate + d, part), g = load(dout + d, part);
       const Vec value = load(up + d, part) + load(bias.up + d, part);
       const Activated act = A::both(z);
