@@ -65,7 +65,7 @@ def normal_ratio(size):
 @triton.jit
 def distribution(z, ACTIVATION: tl.constexpr):
     """P(z) and P'(z). From |z| = 16 on, GELU's e is 0 in float32; there its polynomials are those
-    of 16, which cannot overflow to 0·∞. A NaN may be lost here: the products with z bring it back."""
+    of 16, which cannot overflow to 0·∞. A NaN may be lost here; products with z bring it back."""
     size = tl.abs(z)
     if ACTIVATION == "silu":
         e = tl.exp2(-size * LOG2E)

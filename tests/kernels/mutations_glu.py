@@ -1,7 +1,7 @@
 """Ways to break the kernels of glu."""
 
 _GLU = "kernels/glu.py"
-TESTS = {_GLU: ("tests/kernels/test_glu.py",)}
+TESTS = {_GLU: ("tests/kernels/test_glu_kernels.py",)}
 
 MUTATIONS = [
     (_GLU, "t = 1 / (1 + 0.34375 * size)", "t = 1 / (1 + 0.34 * size)"),
