@@ -123,7 +123,6 @@ class NativeForward:
             return packed.conditioning(t, y)
         return self.model.conditioning(t, y, force_drop_ids)
 
-
     def __call__(
         self,
         x: Tensor,
