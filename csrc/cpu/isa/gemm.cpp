@@ -36,8 +36,8 @@ void group_product(const Gemm& g, int64_t row, int64_t row_end, int64_t panel, i
         fetch_next(g, next, coming, k, depth, p - panel, panel_end - panel);
         if (block == blocks - 1) fetch_result(g, first, rows, p * kPanel);
         const float* b = g.b + (p * g.depth + k) * kPanel;
-        any_tile<2>(int(rows), g.a + first * g.a_stride + k, g.a_stride, b, depth, sums, block > 0,
-                    beside.next(b, depth));
+        any_tile<2>(int(rows), g.a + first * g.a_stride + k, g.a_stride, b, depth, sums, kPanel,
+                    block > 0, beside.next(b, depth));
         if (block == blocks - 1) finish(g, first, rows, p * kPanel, sums);
         if (blocks > 1) sums += rows * kPanel;
       }
