@@ -116,7 +116,12 @@ def test_given_tensors_are_what_the_kernel_writes(gpu, op, replaced, tuned, monk
     outs = tuple(outs) if replaced else tuple(out.clone() for out in outs)
     monkeypatch.setitem(tuning._state, "enabled", tuned)
     made = []
-    monkeypatch.setattr(launch.torch, "empty", lambda *a, **k: made.append(1) or torch.zeros(*a, **k))
+
+    def counted(*args, **kwargs):
+        made.append(args)
+        return torch.zeros(*args, **kwargs)
+
+    monkeypatch.setattr(launch.torch, "empty", counted)
     with contextlib.nullcontext() if not tuned else pytest.warns(RuntimeWarning, match="no GPU"):
         got = call(x, *rest[op], out=outs if OPS[op] == 2 else outs[0])
     assert len(gpu.launches) == 2
