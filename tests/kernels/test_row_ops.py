@@ -107,7 +107,7 @@ def test_autocast_leaves_the_stream_in_float32(gpu):
 @pytest.mark.parametrize("tuned", [False, True])
 @pytest.mark.parametrize("replaced", [False, True])
 def test_given_tensors_are_what_the_kernel_writes(gpu, op, replaced, tuned, monkeypatch):
-    """Also x and y themselves; but where a launch is repeated to be timed, copies of its results."""
+    """x and y themselves too; but copies, where a launch is repeated to be timed."""
     x, y, gate = (t.detach() for t in SMALL.arguments("gated_residual", torch.float32))
     rest = {"adaln": (gate, gate), "gated_residual": (y, gate), "gated_adaln": (y, gate, gate)}
     call = getattr(fastdit.ops, op)
