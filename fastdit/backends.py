@@ -28,6 +28,7 @@ OPS = (
     "gated_adaln",
     "attention",
     "bias_gelu",
+    "glu",
     "patch_embed",
     "unpatchify",
     "diffusion_step",

@@ -65,6 +65,12 @@ def unsupported_extent(**tensors: Tensor | None) -> str | None:
     return None
 
 
+def flat_rows(tensor: Tensor) -> Tensor:
+    """`(..., D)` as `(M, D)` with unit stride along D; a view where the strides allow one."""
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+
+
 def column_block(width: int, most: int) -> int:
     """The columns of a tile that walks over `width`: the largest power of two up to `most` that
     pads the width by at most an eighth, and not under 16 unless the width is."""
