@@ -8,10 +8,11 @@ Every candidate of a case runs the same model on the same inputs, in turns; a fi
 of its turns and a ratio the median of the turns' ratios to eager's. Eager is the published DiT in
 plain PyTorch (`fastdit.backend("reference")`, every layer's modulation by itself). "rows given" has
 its conditioning computed before, as a sampler's steps do; "fused ops" is the model itself, without
-the native forward, and "compiled fused ops" torch.compile of it, which is to be no slower. It and
-torch.compile with and without freezing compile each whole model three times, 10 to 100 s each, said
-before the table: all cases take half an hour. Peers that are not installed are named as absent. With more than one thread a turn waits for an idle
-machine, `--patience` seconds in all, and what was measured beside others is counted.
+the native forward, and "compiled fused ops" torch.compile of it, which is to be no slower. With and
+without freezing and of our model, torch.compile compiles each whole model three times, 10 to 100 s
+each, said before the table: all cases take half an hour. Peers that are not installed are named as
+absent. With more than one thread a turn waits for an idle machine, `--patience` seconds in all, and
+what was measured beside others is counted.
 Errors are relative, in the 2-norm, to the model in float64.
 """
 
