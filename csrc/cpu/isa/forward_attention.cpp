@@ -168,9 +168,9 @@ INLINE void query_tile(const Attention& a, const float* queries, int rows, const
       const float* panel = s.keys + (key + n) * d;
       const Ahead ahead{reinterpret_cast<const char*>(panel)};
       if (key_panel(a, key + n) > L)
-        any_tile<2>(rows, queries, a.qkv_stride, panel, d, s.scores + n, kKeys, false, ahead);
+        any_tile<2>(rows, queries, a.qkv_stride, panel, d, s.scores + n, kKeys, false, ahead, ahead);
       else
-        any_tile<1>(rows, queries, a.qkv_stride, panel, d, s.scores + n, kKeys, false, ahead);
+        any_tile<1>(rows, queries, a.qkv_stride, panel, d, s.scores + n, kKeys, false, ahead, ahead);
     }
     weigh(s.scores, rows, keys, scale, key == 0, running);
     for (int64_t j = 0; j < d; j += kPanel) {
@@ -184,9 +184,9 @@ INLINE void query_tile(const Attention& a, const float* queries, int rows, const
       const float* panel = s.values + j * a.tokens;
       const Ahead ahead{reinterpret_cast<const char*>(panel)};
       if (width - j > L)
-        any_tile<2>(rows, s.scores, kKeys, panel + key * kPanel, keys, sums, kPanel, key > 0, ahead);
+        any_tile<2>(rows, s.scores, kKeys, panel + key * kPanel, keys, sums, kPanel, key > 0, ahead, ahead);
       else
-        any_tile<1>(rows, s.scores, kKeys, panel + key * L, keys, sums, kPanel, key > 0, ahead);
+        any_tile<1>(rows, s.scores, kKeys, panel + key * L, keys, sums, kPanel, key > 0, ahead, ahead);
     }
   }
   for (int r = 0; r < rows; ++r) {
