@@ -137,6 +137,25 @@ def test_a_file_keeps_its_transport(tmp_path):
         ({"time_scale": float("nan")}, "time_scale: got nan"),
     ],
 )
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        ({}, "path_type='Linear', prediction='velocity'"),
+        ({"path_type": "VP", "prediction": "noise"}, "path_type='VP', prediction='noise'"),
+        (
+            {"time_scale": 1000.0, "loss_weight": "velocity", "sample_eps": 0.01},
+            "path_type='Linear', prediction='velocity', loss_weight='velocity', sample_eps=0.01, "
+            "time_scale=1000.0",
+        ),
+    ],
+)
+def test_a_transport_shows_the_call_that_makes_it(arguments, shown):
+    transport = fastdit.create_transport(**arguments)
+    assert repr(transport) == f"create_transport({shown})"
+    again = eval(repr(transport), {"create_transport": fastdit.create_transport})
+    assert again.config == transport.config
+
+
 def test_wrong_transports(options, message):
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         fastdit.create_transport(**options)

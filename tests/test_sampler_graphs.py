@@ -238,12 +238,14 @@ def test_runs_that_take_turns_do_not_share_a_graph(model):
         for one, other, *want in zip(*turns, *alone, strict=True):
             for out, expected in zip((one, other), want, strict=True):
                 assert (out["sample"] - expected).abs().max() <= 1e-5
-    sampler = Sampler(model, native=False, steps=4, solver="ddim")
-    alone = [[p.x for p in sampler.iterate(labels, seed=0)] for labels in (LABELS, LABELS[::-1])]
-    turns = [sampler.iterate(labels, seed=0) for labels in (LABELS, LABELS[::-1])]
-    for one, other, *want in zip(*turns, *alone, strict=True):
-        assert torch.equal(one.x, want[0])
-        assert torch.equal(other.x, want[1])
+    for budget in (2**30, 0):
+        sampler = Sampler(model, native=False, steps=4, solver="ddim", conditioning_budget=budget)
+        calls = (LABELS, LABELS[::-1])
+        alone = [[p.x for p in sampler.iterate(labels, seed=0)] for labels in calls]
+        turns = [sampler.iterate(labels, seed=0) for labels in calls]
+        for one, other, *want in zip(*turns, *alone, strict=True):
+            assert torch.equal(one.x, want[0])
+            assert torch.equal(other.x, want[1])
 
 
 def test_a_run_that_was_left_gives_its_graph_back(model):
