@@ -125,9 +125,9 @@ def backward_kernel(
     tl.store(partials_ptr + split.to(tl.int64) * width + column, total, mask=column < width)
 
 
-def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
-    """The schema op's forward: reads x, writes out."""
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+def bias_gelu(x: Tensor, bias: Tensor, out: Tensor | None = None) -> Tensor:
+    """The schema op's forward: reads x, writes out, a given one or its own."""
+    out = launch.result(x, out)
     if x.numel() == 0:
         return out
     flat, bias = launch.flat_rows(x), bias.contiguous()
@@ -185,6 +185,6 @@ def _unsupported_backward(dout: Tensor, x: Tensor, bias: Tensor) -> str | None:
 
 
 KERNELS = (
-    Kernel("bias_gelu", "cuda", "triton", bias_gelu, _unsupported),
+    Kernel("bias_gelu", "cuda", "triton", bias_gelu, _unsupported, takes_out=True),
     Kernel("bias_gelu_backward", "cuda", "triton", bias_gelu_backward, _unsupported_backward),
 )

@@ -14,6 +14,8 @@ import torch
 import triton
 from torch import Tensor
 
+from fastdit.kernels import tuning
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -33,6 +35,14 @@ def arch_of(device: torch.device) -> int | str:
 def _arch_of_index(index: int | None) -> int | str:
     with torch.cuda.device(index):
         return triton.runtime.driver.active.get_current_target().arch
+
+
+def result(x: Tensor, out: Tensor | None) -> Tensor:
+    """Where a kernel writes a result like `x`: to `out` if one is given. With autotuning on, which
+    repeats a launch, to a new tensor all the same, for `out` may be what the kernel reads."""
+    if out is None or tuning.enabled():
+        return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return out
 
 
 def unsupported_dtype(**tensors: Tensor | None) -> str | None:
