@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 KERNELS = sorted(path.name for path in (compilers.CSRC / "cpu/isa").glob("*.cpp"))
-OPS = ("adaln", "gated_adaln", "bias_gelu", "gated_residual")
+OPS = ("adaln", "gated_adaln", "bias_gelu", "glu", "gated_residual")
 # Without optimisation: compiling takes 7 s instead of 30.
 FLAGS = (*compilers.SANITIZERS, "-O0", "-Wno-psabi", "-Wno-stringop-overread")
 
