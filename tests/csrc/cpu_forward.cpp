@@ -80,13 +80,27 @@ double finished(const Gemm& g, int64_t r, int64_t c, double sum, float before) {
   return 0;
 }
 
-// Runs block(row, row_end, panel, panel_end) over C in four parts.
+// Runs block(row, row_end, panel, panel_end, beside) over C in four parts, with a quarter of a layer's
+// modulations beside each: six vectors, of which the second and the fifth are stored as 1 + value.
 template <class Block>
-void in_parts(int64_t rows, int64_t columns, Block block) {
-  const int64_t panels = (columns + isa::kPanel - 1) / isa::kPanel;
+bool in_parts(int64_t rows, int64_t columns, Block block) {
+  const int64_t panels = (columns + isa::kPanel - 1) / isa::kPanel, width = 7, depth = rows + 1;
+  const int64_t samples = columns % 6 + 1, stride = width + 2;
+  Dots d{floats(samples * depth), floats(6 * width * depth), floats(6 * width),
+         floats(samples * 6 * stride), 6 * stride, samples, depth, false, width, stride};
+  const DotsPart all{&d, 0, 6 * width};
   for (int64_t i = 0; i < 2; ++i)
     for (int64_t j = 0; j < 2; ++j)
-      block(rows * i / 2, rows * (i + 1) / 2, panels * j / 2, panels * (j + 1) / 2);
+      block(rows * i / 2, rows * (i + 1) / 2, panels * j / 2, panels * (j + 1) / 2,
+            all.part(2 * i + j, 2 * i + j + 1, 4));
+  for (int64_t r = 0; r < samples; ++r)
+    for (int64_t c = 0; c < 6 * width; ++c) {
+      double sum = d.bias[c] + (c / width % 3 == 1);
+      for (int64_t k = 0; k < depth; ++k) sum += double(d.a[r * depth + k]) * d.w[c * depth + k];
+      const float got = d.out[r * d.out_stride + c / width * stride + c % width];
+      if (!close(got, sum, 1 + std::sqrt(depth))) return false;
+    }
+  return true;
 }
 
 int gemm(const long long* n) {
@@ -101,7 +115,7 @@ int gemm(const long long* n) {
   int64_t scratch;
   isa::gemm_scratch(g, scratch);
   float* sums = array<float>(scratch);
-  in_parts(rows, columns, [&](auto... part) { isa::gemm_block(g, part..., sums); });
+  if (!in_parts(rows, columns, [&](auto... part) { isa::gemm_block(g, part..., sums); })) return 1;
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t c = 0; c < columns; ++c) {
       double sum = 0, size = 1;
@@ -133,7 +147,7 @@ int int8(const long long* n) {
   g.a = {x, depth, depth, array<uint32_t>(rows * groups), groups, a_scale, zero};
   isa::quantize_rows(g.a, 0, rows);
   g.b = words, g.b_scale = scale, g.b_sums = sums;
-  in_parts(rows, columns, [&](auto... part) { isa::gemm_int8_block(g, part...); });
+  if (!in_parts(rows, columns, [&](auto... part) { isa::gemm_int8_block(g, part...); })) return 1;
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t c = 0; c < columns; ++c) {
       double sum = 0;  // of what the rounded numbers stand for
@@ -153,6 +167,7 @@ int attention(const long long* n) {
   const int64_t samples = n[1], width = n[3] * n[4], all = samples * n[2];
   Attention a;
   a.tokens = n[2], a.heads = n[3], a.head_dim = n[4], a.parts = n[5];
+  a.queries = a.tokens;
   a.qkv_stride = 3 * width + 5, a.out_stride = width + 3;
   a.qkv = floats(extent(all, a.qkv_stride, 3 * width));
   a.out = floats(extent(all, a.out_stride, width));

@@ -87,6 +87,7 @@ void gemm_block(const Gemm& g, int64_t row, int64_t row_end, int64_t panel, int6
       group_product(g, row, stop, p, end, beside, scratch);
     }
   }
+  if (share.begin < share.end) dots_near(*share.dots, share.begin, share.end);  // beside no rows
 }
 
 void pack_panels(const Pack& p, int64_t begin, int64_t end) {
