@@ -136,14 +136,15 @@ int int8(const long long* n) {
   in_parts(rows, columns, [&](auto... part) { isa::gemm_int8_block(g, part...); });
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t c = 0; c < columns; ++c) {
-      double sum = 0;  // of what the rounded numbers stand for
+      double sum = 0, either = 0;  // of what the rounded numbers stand for; of halves, one step
       for (int64_t k = 0; k < depth; ++k) {
         const double w = std::rint(weight[c * depth + k] * (1 / scale[c])) * scale[c];
-        const double level = std::rint(x[r * depth + k] * (1 / a_scale[r]) + zero[r]);
-        sum += (std::fmin(std::fmax(level, 0), 255) - zero[r]) * a_scale[r] * w;
+        const double exact = double(x[r * depth + k]) * (1 / a_scale[r]) + zero[r];
+        const double level = std::fmin(std::fmax(std::rint(exact), 0), 255);
+        sum += (level - zero[r]) * a_scale[r] * w;
+        if (std::fabs(exact - std::floor(exact) - 0.5) < 1e-4) either += a_scale[r] * std::fabs(w);
       }
-      // A level at a half may round to either side.
-      if (!close(g.g.c[r * g.g.c_stride + c], sum + g.g.bias[c], 1 + depth + 1e3 * scale[c]))
+      if (!close(g.g.c[r * g.g.c_stride + c], sum + g.g.bias[c], 1 + depth + 1e5 * either))
         return 1;
     }
   return 0;
