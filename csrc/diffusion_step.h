@@ -22,7 +22,7 @@ struct StepRow {
 static_assert(sizeof(StepRow) == 9 * sizeof(float));
 
 // All tensors are contiguous. `plane` is the product of the axes behind the channels. Absent
-// tensors are null pointers.
+// tensors are null pointers, of the results x0 alone. A result may be x, noise or previous, whole.
 struct StepCall {
   const void *x, *output, *noise, *previous;
   void *next, *x0;

@@ -25,8 +25,8 @@ using Sizes = std::vector<int64_t>;
 
 // The tensors that a StepCall points into, and the call.
 struct Step {
-  Tensor x, output, table, step, next, x0;
-  std::optional<Tensor> noise, previous, seed;
+  Tensor x, output, table, step;
+  std::optional<Tensor> noise, previous, seed, next, x0;
   StepCall call = {};
 };
 
@@ -186,7 +186,7 @@ inline Step prepare(const Tensor& x, const Tensor& output, const Tensor& table, 
                     const std::optional<Tensor>& noise, const std::optional<Tensor>& previous,
                     std::optional<double> clip, bool learned, int64_t guided,
                     const std::optional<Tensor>& seed, const std::optional<Sizes>& patch) {
-  Step step{x, output, table, index, {}, {}, noise, previous, seed};
+  Step step{x, output, table, index, noise, previous, seed};
   StepCall& call = step.call;
   if (x.dim() < 2 || x.dim() > 5) fail("x", text(x), "(B, C, ...) of 2 to 5 axes");
   call.x_storage = storage_of("x", x);
@@ -207,11 +207,26 @@ inline Step prepare(const Tensor& x, const Tensor& output, const Tensor& table, 
   }
   if (clip && !(*clip > 0)) fail("clip", std::to_string(*clip), "None or a number > 0");
   call.clip = clip ? float(*clip) : std::numeric_limits<float>::infinity();
-  step.next = empty_like_contiguous(x);
-  step.x0 = empty_like_contiguous(x);
-  call.next = step.next.mutable_data_ptr();
-  call.x0 = step.x0.mutable_data_ptr();
   return step;
+}
+
+// New results.
+inline void make_results(Step& step) {
+  step.next = empty_like_contiguous(step.x), step.x0 = empty_like_contiguous(step.x);
+  step.call.next = step.next->mutable_data_ptr(), step.call.x0 = step.x0->mutable_data_ptr();
+}
+
+// The given ones; without `x0` it is not written.
+inline void take_results(Step& step, Tensor& next, std::optional<Tensor>& x0) {
+  const auto taken = [&](const char* name, Tensor& tensor) {
+    const bool fits = same_sizes(tensor, step.x) && tensor.scalar_type() == step.x.scalar_type();
+    if (!fits || !same_device(tensor, step.x) || !tensor.is_contiguous()) {
+      fail(name, text(tensor), text(step.x) + ", contiguous");
+    }
+    return tensor.mutable_data_ptr();
+  };
+  step.call.next = taken("next", next);
+  step.call.x0 = x0 ? taken("x0", *x0) : nullptr;
 }
 
 }  // namespace fastdit

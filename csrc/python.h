@@ -14,7 +14,7 @@ struct PythonMethod {  // PyMethodDef
   int flags;
   const char* documentation;
 };
-constexpr int kFastCall = 0x80, kNoArguments = 0x04;  // METH_FASTCALL, METH_NOARGS
+constexpr int kKeywords = 0x02, kNoArguments = 0x04, kOneArgument = 0x08, kFastCall = 0x80;  // METH_
 
 struct Python {
   PyObject* (*PyCFunction_NewEx)(PythonMethod*, PyObject* self, PyObject* module);
@@ -32,6 +32,7 @@ struct Python {
   PyObject* (*PyTuple_GetItem)(PyObject*, long);
   PyObject* (*PyTuple_Pack)(long count, ...);
   long (*PyTuple_Size)(PyObject*);
+  PyObject* (*PyDict_GetItemWithError)(PyObject*, PyObject* key);
   long (*PySequence_Size)(PyObject*);
   PyObject* (*PySequence_GetItem)(PyObject*, long);
   PyObject* (*PyLong_FromLongLong)(long long);
@@ -58,7 +59,9 @@ struct Python {
            look_up(PyObject_Type, "PyObject_Type") && look_up(PyTuple_New, "PyTuple_New") &&
            look_up(PyTuple_SetItem, "PyTuple_SetItem") &&
            look_up(PyTuple_GetItem, "PyTuple_GetItem") && look_up(PyTuple_Pack, "PyTuple_Pack") &&
-           look_up(PyTuple_Size, "PyTuple_Size") && look_up(PySequence_Size, "PySequence_Size") &&
+           look_up(PyTuple_Size, "PyTuple_Size") &&
+           look_up(PyDict_GetItemWithError, "PyDict_GetItemWithError") &&
+           look_up(PySequence_Size, "PySequence_Size") &&
            look_up(PySequence_GetItem, "PySequence_GetItem") &&
            look_up(PyLong_FromLongLong, "PyLong_FromLongLong") &&
            look_up(PyLong_AsLongLong, "PyLong_AsLongLong") &&

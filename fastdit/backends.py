@@ -28,6 +28,7 @@ OPS = (
     "gated_adaln",
     "attention",
     "bias_gelu",
+    "glu",
     "patch_embed",
     "unpatchify",
     "diffusion_step",
@@ -51,6 +52,8 @@ class Kernel:
     and returns why `auto` should pass it over for a faster implementation, or None. A `run` that
     `checks_arguments` raises for wrong ones before it touches them. Where it has a `direct` call,
     `auto` passes it over for differentiated ones of fewer elements than `differentiated_from`.
+    Where it `takes_out`, `run` also takes `out=`, a tensor or None for each public result, and
+    returns these or new ones.
     """
 
     op: str
@@ -62,6 +65,7 @@ class Kernel:
     checks_arguments: bool = False
     direct: Callable[..., Any] | None = None
     differentiated_from: int = 0
+    takes_out: bool = False
 
     def rejected(self, *args: Any) -> str | None:
         """Why the backend asked for now does not run these arguments here, or None."""
@@ -80,9 +84,10 @@ def _no_direct_call(*_args: Any) -> None:
 
 
 direct_calls: dict[str, Callable[..., Any]] = dict.fromkeys(OPS, _no_direct_call)
-"""Every op's direct call on CPUs: that of its first kernel, which takes unchecked arguments and
-returns None where the ordinary call has to decide, or NotImplemented where only autograd has to see
-it. Where there is none, a function that does only the first."""
+"""Every op's direct call on CPUs: that of its first kernel, which takes unchecked arguments and,
+behind them or not, the public function's `out`. It returns None where the ordinary call has to
+decide, or NotImplemented where only autograd has to see it. Where there is none, a function that
+does only the first."""
 differentiated_from: dict[str, int] = dict.fromkeys(OPS, 0)
 """The elements from which that kernel runs a differentiated call, under the backend asked for."""
 

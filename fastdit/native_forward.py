@@ -119,13 +119,7 @@ class NativeForward:
             self.reason = str(why)
             return self.model.conditioning(t, y, force_drop_ids)
         self.reason = None
-        return self._rows(packed, t, y, force_drop_ids)
-
-    def _rows(
-        self, packed: Packed, t: Tensor, y: Tensor | None, force_drop_ids: Tensor | None
-    ) -> Tensor:
-        """Rows by the library, or by the model where it conditions in a way of its own."""
-        if packed.conditions and force_drop_ids is None and _plain_times(t, y):
+        if _plain(packed, t, y, force_drop_ids):
             return packed.conditioning(t, y)
         return self.model.conditioning(t, y, force_drop_ids)
 
@@ -154,7 +148,9 @@ class NativeForward:
         self.reason = None
         sizes.check_inputs(self.model, x, t, y, conditioning)
         if conditioning is None:
-            conditioning = self._rows(packed, t, y, force_drop_ids)
+            if _plain(packed, t, y, force_drop_ids):
+                return packed.labelled(x, t, y)
+            conditioning = self.model.conditioning(t, y, force_drop_ids)
         return packed.forward(x, conditioning)
 
     def forward_with_cfg(
@@ -233,8 +229,11 @@ def _check_tensor(value: Tensor) -> None:
         raise Unfit("an argument is lazily negated")
 
 
-def _plain_times(t: Tensor, y: Tensor | None) -> bool:
-    """Whether these are timesteps and labels on this device, one for each sample."""
+def _plain(packed: Packed, t: Tensor, y: Tensor | None, force_drop_ids: Tensor | None) -> bool:
+    """Whether the library can condition: the model does it as published, and these are timesteps
+    and labels on this device, one for each sample."""
+    if not packed.conditions or force_drop_ids is not None:
+        return False
     for value in (t, y):
         if type(value) is not Tensor or value.device.type != "cpu" or value.dim() != 1:
             return False

@@ -8,7 +8,7 @@ anything has changed that the packed copy depends on.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -218,19 +218,28 @@ class Packed:
 
     def conditioning(self, t: Tensor, y: Tensor) -> Tensor:
         """`(B, W)` rows of timesteps and labels, if the model `conditions` as published."""
-        return torch.ops.fastdit_native.forward_conditioning(
-            t.detach().float().contiguous(),
-            y.detach().long().contiguous(),
-            self.frequencies,
-            self.embedder,
-            *self.modulation,
-        )
+        return torch.ops.fastdit_native.forward_conditioning(*self._conditions(t, y))
+
+    def _conditions(self, t: Tensor, y: Tensor) -> tuple:
+        times, labels = t.detach().float().contiguous(), y.detach().long().contiguous()
+        return times, labels, self.frequencies, self.embedder, *self.modulation
 
     def forward(self, x: Tensor, rows: Tensor, seconds: Tensor | None = None) -> Tensor:
         """The model's output for x and its conditioning rows.
 
         `seconds`, if given, `(threads, 8)` in float64: each thread's processor time in each part is
         added to it."""
+        rows = rows if rows.stride(1) == 1 else rows.contiguous()
+        forward = torch.ops.fastdit_native.forward
+        return self._with_workspace(x, lambda x, *rest: forward(x, rows, *rest, seconds))
+
+    def labelled(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """The model's output for x, timesteps and labels, if it `conditions` as published: the
+        product of a layer's modulations runs beside the layer before."""
+        forward, arguments = torch.ops.fastdit_native.forward_labelled, self._conditions(t, y)
+        return self._with_workspace(x, lambda x, *rest: forward(x, *arguments, *rest))
+
+    def _with_workspace(self, x: Tensor, forward: Callable[..., Tensor]) -> Tensor:
         ops, batch = torch.ops.fastdit_native, x.shape[0]
         # Taken out while it is in use: a second thread makes its own.
         key = batch, torch.get_num_threads()
@@ -238,8 +247,7 @@ class Packed:
         if workspace is None:
             workspace = torch.empty(ops.forward_workspace(self.dit, batch, self.int8))
             self.workspaces.clear()
-        rows = rows if rows.stride(1) == 1 else rows.contiguous()
         x = x.unsqueeze(2) if self.signal else x
-        out = ops.forward(x, rows, self.weights, workspace, self.dit, self.int8, seconds)
+        out = forward(x, self.weights, workspace, self.dit, self.int8)
         self.workspaces[key] = workspace
         return out.squeeze(2) if self.signal else out

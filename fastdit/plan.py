@@ -45,6 +45,8 @@ class Plan:
             its weight is 0.
         draws: for which rows the solver draws noise, whether or not it is used; () is none.
         noisy: what is drawn is used.
+        draws_last: a row's noise is drawn when the model has been called, as published of
+            diffusions; else before, as of flows. It matters to a model that draws.
         noise_before: `(E,)` float64, what a row's noise is multiplied by where it is added before
             the model is called; None where noise is added by the rows themselves.
         learned_range: the model's second half of channels chooses σ.
@@ -60,6 +62,7 @@ class Plan:
     multistep: bool = False
     draws: tuple[bool, ...] = ()
     noisy: bool = False
+    draws_last: bool = False
     noise_before: Tensor | None = None
     learned_range: bool = False
     guided: tuple[bool, ...] = ()

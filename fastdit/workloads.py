@@ -108,6 +108,7 @@ def workloads(
     x, weight, bias = random(*image), random(width, channels, patch, patch), random(width)
     pos = random(1, tokens, width, grad=False)
     rows = random(batch, tokens, patch * patch * 2 * channels)
+    packed = random(batch, tokens, 2 * int(2 / 3 * 4 * width))
     table = torch.rand((50, 9), device=device)
     step = torch.zeros((), dtype=torch.long, device=device)
     predicted = random(batch, 2 * channels, latent, latent, grad=False)
@@ -122,6 +123,7 @@ def workloads(
             flops=4 * batch * tokens**2 * width,
         ),
         Workload("bias_gelu", (random(batch, tokens, 4 * width), random(4 * width))),
+        Workload("glu", (packed, None, random(packed.shape[-1]), "silu", True)),
         Workload("patch_embed", (x, weight, bias, pos)),
         Workload("unpatchify", (rows, [patch, patch], [grid, grid], 2 * channels)),
         Workload(

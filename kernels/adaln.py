@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastdit.backends import Kernel
 from fastdit.kernels import rows
-from fastdit.kernels.launch import on_device
+from fastdit.kernels.launch import on_device, result
 from fastdit.kernels.row_gradients import row_gradients
 from fastdit.kernels.rows import Tile, load, normalise, store_modulated_row
 
@@ -41,10 +41,13 @@ def adaln_kernel(
     )  # fmt: skip
 
 
-def adaln(x, shift, scale, weight, bias, eps, norm, plus_one) -> tuple[Tensor, Tensor, Tensor]:
-    """Reads x, writes out, mean and rstd; a non-contiguous x is copied first."""
+def adaln(
+    x, shift, scale, weight, bias, eps, norm, plus_one, out=None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Reads x, writes out, a given one or its own, mean and rstd; a non-contiguous x is copied
+    first."""
     x = x.contiguous()
-    out = x.new_empty(x.shape)
+    out = result(x, out)
     mean, rstd = rows.empty_statistics(x, norm)
     if x.numel() == 0:
         return out, mean, rstd
@@ -77,6 +80,6 @@ def _unsupported_backward(_dout, x, _mean, _rstd, *rest):
 
 
 KERNELS = (
-    Kernel("adaln", "cuda", "triton", adaln, _unsupported),
+    Kernel("adaln", "cuda", "triton", adaln, _unsupported, takes_out=True),
     Kernel("adaln_backward", "cuda", "triton", adaln_backward, _unsupported_backward),
 )

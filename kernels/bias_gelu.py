@@ -125,18 +125,12 @@ def backward_kernel(
     tl.store(partials_ptr + split.to(tl.int64) * width + column, total, mask=column < width)
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    """`(..., D)` as `(M, D)` with unit stride along D; a view where the strides allow one."""
-    rows = tensor.reshape(-1, tensor.shape[-1])
-    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
-
-
-def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
-    """The schema op's forward: reads x, writes out."""
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+def bias_gelu(x: Tensor, bias: Tensor, out: Tensor | None = None) -> Tensor:
+    """The schema op's forward: reads x, writes out, a given one or its own."""
+    out = launch.result(x, out)
     if x.numel() == 0:
         return out
-    flat, bias = _rows(x), bias.contiguous()
+    flat, bias = launch.flat_rows(x), bias.contiguous()
     rows, width = flat.shape
 
     def run(tile: Tile) -> None:
@@ -158,7 +152,7 @@ def bias_gelu_backward(dout: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, T
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return dx, torch.zeros_like(bias)
-    flat, dflat, bias = _rows(x), _rows(dout), bias.contiguous()
+    flat, dflat, bias = launch.flat_rows(x), launch.flat_rows(dout), bias.contiguous()
     (rows, width), dbias = flat.shape, torch.empty_like(bias)
 
     def run(tile: Tile) -> None:
@@ -191,6 +185,6 @@ def _unsupported_backward(dout: Tensor, x: Tensor, bias: Tensor) -> str | None:
 
 
 KERNELS = (
-    Kernel("bias_gelu", "cuda", "triton", bias_gelu, _unsupported),
+    Kernel("bias_gelu", "cuda", "triton", bias_gelu, _unsupported, takes_out=True),
     Kernel("bias_gelu_backward", "cuda", "triton", bias_gelu_backward, _unsupported_backward),
 )

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastdit.backends import Kernel
 from fastdit.kernels import rows
-from fastdit.kernels.launch import on_device
+from fastdit.kernels.launch import on_device, result
 from fastdit.kernels.row_gradients import row_gradients
 from fastdit.kernels.rows import Tile, gated_sum, normalise, store, store_modulated_row
 
@@ -45,11 +45,12 @@ def gated_adaln_kernel(
 
 
 def gated_adaln(
-    x, y, gate, shift, scale, weight, bias, eps, norm, plus_one
+    x, y, gate, shift, scale, weight, bias, eps, norm, plus_one, out=(None, None)
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Reads x and y, writes h, out, mean and rstd; non-contiguous x and y are copied first."""
+    """Reads x and y, writes h and out, given ones or its own, mean and rstd; non-contiguous x and y
+    are copied first."""
     x, y = x.contiguous(), y.contiguous()
-    h, out = x.new_empty(x.shape), x.new_empty(x.shape)
+    h, out = (result(x, given) for given in out)
     mean, rstd = rows.empty_statistics(x, norm)
     if x.numel() == 0:
         return h, out, mean, rstd
@@ -84,6 +85,6 @@ def _unsupported_backward(_dh, _dout, h, _mean, _rstd, *rest):
 
 
 KERNELS = (
-    Kernel("gated_adaln", "cuda", "triton", gated_adaln, _unsupported),
+    Kernel("gated_adaln", "cuda", "triton", gated_adaln, _unsupported, takes_out=True),
     Kernel("gated_adaln_backward", "cuda", "triton", gated_adaln_backward, _unsupported_backward),
 )

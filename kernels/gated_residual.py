@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastdit.backends import Kernel
 from fastdit.kernels import rows, slot_sums
-from fastdit.kernels.launch import on_device
+from fastdit.kernels.launch import on_device, result
 from fastdit.kernels.rows import Tile, gated_sum, load, load_view, store, zeros
 from fastdit.kernels.slot_sums import store_partial
 
@@ -61,10 +61,10 @@ def gated_residual_backward_kernel(
     store_partial(dgate_ptr, dgate_main, dgate_tail, D, MAIN, TAIL)
 
 
-def gated_residual(x, y, gate) -> Tensor:
-    """Reads x and y, writes h; non-contiguous x and y are copied first."""
+def gated_residual(x, y, gate, out=None) -> Tensor:
+    """Reads x and y, writes h, to `out` if it is given; non-contiguous x and y are copied first."""
     x, y = x.contiguous(), y.contiguous()
-    h = x.new_empty(x.shape)
+    h = result(x, out)
     if x.numel() == 0:
         return h
 
@@ -106,6 +106,6 @@ def _unsupported(x, y, gate):
 
 
 KERNELS = (
-    Kernel("gated_residual", "cuda", "triton", gated_residual, _unsupported),
+    Kernel("gated_residual", "cuda", "triton", gated_residual, _unsupported, takes_out=True),
     Kernel("gated_residual_backward", "cuda", "triton", gated_residual_backward, _unsupported),
 )

@@ -14,6 +14,8 @@ import torch
 import triton
 from torch import Tensor
 
+from fastdit.kernels import tuning
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -35,6 +37,14 @@ def _arch_of_index(index: int | None) -> int | str:
         return triton.runtime.driver.active.get_current_target().arch
 
 
+def result(x: Tensor, out: Tensor | None) -> Tensor:
+    """Where a kernel writes a result like `x`: to `out` if one is given. With autotuning on, which
+    repeats a launch, to a new tensor all the same, for `out` may be what the kernel reads."""
+    if out is None or tuning.enabled():
+        return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return out
+
+
 def unsupported_dtype(**tensors: Tensor | None) -> str | None:
     """Why Triton cannot take these tensors: the first whose dtype is none of `DTYPES`."""
     for name, tensor in tensors.items():
@@ -53,6 +63,12 @@ def unsupported_extent(**tensors: Tensor | None) -> str | None:
             if sum((size - 1) * stride for size, stride in axes) >= 2**31:
                 return f"one sample of {name} spans 2^31 elements or more"
     return None
+
+
+def flat_rows(tensor: Tensor) -> Tensor:
+    """`(..., D)` as `(M, D)` with unit stride along D; a view where the strides allow one."""
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
 def column_block(width: int, most: int) -> int:

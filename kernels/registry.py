@@ -15,6 +15,7 @@ MODULES = (
     "gated_adaln",
     "attention",
     "bias_gelu",
+    "glu",
     "patch_embed",
     "unpatchify",
 )

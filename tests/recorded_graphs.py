@@ -85,6 +85,7 @@ def install(monkeypatch: Any) -> None:
         "graph": graph,
         "Stream": Stream,
         "current_stream": lambda _device=None: main,
+        "device": lambda _device: contextlib.nullcontext(),
         "stream": lambda _stream: contextlib.nullcontext(),
         "get_rng_state": lambda _device=None: torch.get_rng_state(),
         "set_rng_state": lambda state, _device=None: torch.set_rng_state(state),

@@ -102,6 +102,18 @@ def options(width: int, dtype: torch.dtype):
     yield weight, None, "rms", True
 
 
+def gated_units(width: int, dtype: torch.dtype, bias_dtype: torch.dtype):
+    """glu's arguments: packed in either order, in rows far apart, with sparse biases; and apart."""
+    wide = 2 * plain(B, N, 3 * width, dtype=dtype, seed=10)
+    bias = plain(2 * width, 2, dtype=bias_dtype, seed=11)[:, 0]
+    yield wide[..., : 2 * width], None, bias, "silu", True
+    yield wide[..., width:], None, bias.contiguous(), "gelu", False
+    yield wide[..., width:].contiguous(), None, None, "gelu_tanh", True
+    yield wide[..., :width], wide[..., -width:], None, "silu", True
+    transposed = wide.transpose(0, 1).contiguous().transpose(0, 1)
+    yield transposed[..., :width], wide[..., -width:], None, "gelu", True
+
+
 @pytest.mark.parametrize("low", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("width", WIDTHS)
 def test_every_option_in_every_mixture_of_dtypes(isa, width, low):
@@ -123,6 +135,9 @@ def test_every_option_in_every_mixture_of_dtypes(isa, width, low):
         bias = plain(width, dtype=other, seed=9)
         check("bias_gelu", x, bias)
         check("bias_gelu_backward", dout, x, bias)
+        for args in gated_units(width, stream, other):
+            check("glu", *args)
+            check("glu_backward", dout, *args)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
@@ -175,6 +190,30 @@ def test_gelu_of_nan_and_infinity_is_eagers(isa):
     torch.testing.assert_close(got, want, equal_nan=True)
 
 
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+def test_glu_is_no_less_exact_than_eager(isa, activation):
+    """On enough numbers that the luck of a few does not matter, with no further allowance."""
+    x, dout = 2 * plain(40, 2000, seed=1), plain(40, 1000, seed=2)
+    for op, args in (("glu", ()), ("glu_backward", (dout,))):
+        args = (*args, x, None, None, activation, True)
+        got = outputs(getattr(torch.ops.fastdit_native, op)(*args))[0]
+        eager, truth = (outputs(getattr(reference, op)(*a))[0] for a in (args, in_float64(args)))
+        assert (got - truth).norm() <= (eager - truth).norm()
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+def test_glu_of_nan_and_infinity_is_eagers(isa, activation):
+    z = torch.tensor([float("nan"), float("inf"), float("-inf"), 1.0, -1e30, 1e30, -14.5, 100])
+    one, options = torch.ones(8), (None, activation, True)
+    library = torch.ops.fastdit_native
+    want = reference.glu(z.double(), one.double(), *options).float()
+    torch.testing.assert_close(library.glu(z, one, *options), want, equal_nan=True)
+    dgate, dup, _ = library.glu_backward(one, z, one, *options)
+    torch.testing.assert_close(dup, want, equal_nan=True)
+    assert dgate[0].isnan()
+    torch.testing.assert_close(dgate[4:], torch.tensor([0.0, 1.0, 0.0, 1.0]), rtol=0, atol=1e-5)
+
+
 # ---- reductions, threads, rows -------------------------------------------------------------------
 
 
@@ -190,10 +229,12 @@ def calls(tokens: int = 100, width: int = 400) -> dict[str, tuple]:
         "gated_adaln": (x, y, gate, *rest, 1e-6, "layer", True),
         "gated_residual": (x, y, gate),
         "bias_gelu": (x, bias),
+        "glu": (x, None, bias, "silu", True),
         "adaln_backward": (dout, x, mean, rstd, *rest, "layer", True),
         "gated_adaln_backward": (dh, dout, x, mean, rstd, y, gate, *rest, "layer", True),
         "gated_residual_backward": (dout, y, gate),
         "bias_gelu_backward": (dout, x, bias),
+        "glu_backward": (dout[..., ::2], x, None, bias, "gelu", False),
     }
 
 
@@ -280,6 +321,13 @@ WRONG = [
     ("adaln_backward", 0, torch.ones(2, 3, 5), "dout: wrong shape"),
     ("adaln_backward", 3, torch.ones(2, 4), "rstd: wrong shape"),
     ("bias_gelu_backward", 0, torch.ones(2, 3, 3), "dout"),
+    ("glu", 0, torch.ones(2, 3, 5), "x: wrong shape"),
+    ("glu", 0, torch.ones(2, 3, 4, dtype=torch.float64), "float32, bfloat16"),
+    ("glu", 1, torch.ones(2, 3, 4), "up is a tensor of its own"),
+    ("glu", 2, torch.ones(3), "bias: wrong shape"),
+    ("glu", 3, "relu", "activation: got relu"),
+    ("glu_backward", 0, torch.ones(2, 3, 4), "dout"),
+    ("glu_backward", 2, torch.ones(2, 3, 5), "up: must have x's shape"),
 ]
 
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
+import numpy as np
 import pytest
 import torch
 from plain_diffusion import SHAPE, Plain, close, random, toy
 from torch import Tensor
 
+import fastdit
 from fastdit import backends, reference
-from fastdit.diffusion import create_diffusion
+from fastdit.diffusion import GaussianDiffusion, create_diffusion
+from fastdit.digits import load_digits_model
+from fastdit.sampler.published import Stepwise
+from fastdit.sampler.run import Run
 
 LOOPS = ("p_sample_loop", "ddim_sample_loop", "dpm_solver_sample_loop")
 
@@ -82,6 +88,116 @@ def test_a_consumer_can_replace_the_sample(loop):
         out["sample"] = torch.zeros_like(out["sample"])
     assert len(starts) == 4
     assert all(not x.any() for x in starts[1:])
+
+
+def test_there_is_one_loop(monkeypatch):
+    """The published loops are runs of the engine; with hooks the diffusion takes its own steps."""
+    taken: list[str] = []
+    for kind in (Run, Stepwise):
+
+        def advance(self, step, kind=kind, original=kind.advance):
+            taken.append(kind.__name__)
+            original(self, step)
+
+        monkeypatch.setattr(kind, "advance", advance)
+    for loop in LOOPS:
+        for hooks in ({}, {"denoised_fn": lambda x0: x0}, {"cond_fn": lambda x, t: x}):
+            run = getattr(create_diffusion("3"), loop)
+            run(toy(), SHAPE, noise=random(0), **hooks)
+            assert taken == ["Stepwise" if hooks else "Run"] * 3
+            taken.clear()
+
+
+class Halving(GaussianDiffusion):
+    """Overrides a step with the published signature, and calls its model twice."""
+
+    def p_sample(
+        self,
+        model,
+        x,
+        t,
+        clip_denoised=True,
+        denoised_fn=None,
+        cond_fn=None,
+        model_kwargs=None,
+    ):
+        model(x, self._original_timesteps(t), **model_kwargs)
+        out = super().p_sample(model, x, t, clip_denoised, denoised_fn, cond_fn, model_kwargs)
+        return out | {"sample": out["sample"] / 2, "kept": t}
+
+
+def test_an_overridden_step_is_the_one_that_runs():
+    """With what else it returns; its model is the caller's, however often it is called."""
+    betas, model = np.linspace(2e-3, 0.3, 4), load_digits_model()
+    y, z = torch.tensor([3, 8]), torch.randn(2, 1, 8, 8)
+    given = {"noise": z, "model_kwargs": {"y": y}, "clip_denoised": False}
+
+    def by_hand(x, step):
+        with torch.no_grad():
+            for t in (3, 2, 1, 0):
+                x = step(model, x, torch.tensor([t, t]), False, model_kwargs={"y": y})["sample"]
+        return x
+
+    torch.manual_seed(1)
+    want = by_hand(z, Halving(betas).p_sample)
+    torch.manual_seed(1)
+    *_, last = Halving(betas).p_sample_loop_progressive(model, z.shape, **given)
+    assert (last["sample"] - want).abs().max() <= 1e-5
+    assert last["kept"].tolist() == [0, 0]
+
+    replaced = GaussianDiffusion(betas)
+    original = replaced.ddim_sample
+    replaced.ddim_sample = lambda *a, **k: {n: v / 2 for n, v in original(*a, **k).items()}
+    got = replaced.ddim_sample_loop(model, z.shape, **given)
+    assert (got - by_hand(z, replaced.ddim_sample)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_sample_of_another_shape_is_refused(loop):
+    steps = getattr(create_diffusion("4"), f"{loop}_progressive")(toy(), SHAPE, noise=random(0))
+    out = next(steps)
+    out["sample"] = out["sample"][:1]
+    with pytest.raises(ValueError, match=r"sample: got \(1, 2, 3, 3\) .*allowed is \(4, 2, 3, 3\)"):
+        next(steps)
+
+
+@pytest.mark.parametrize("kind", ["module", "bound", "partial", "function", "wrapped"])
+@pytest.mark.parametrize("hook", [False, True])
+def test_whatever_is_called_like_a_model_samples_alike(kind, hook):
+    """A plain DiT, whose conditioning is computed ahead, however it is reached, and other callables
+    that call it; with a hook too."""
+    model, z = load_digits_model(), torch.randn(2, 1, 8, 8)
+    y = torch.tensor([3, 8])
+
+    class Wrapped(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = model
+
+        def forward(self, *args, **kwargs):
+            return self.module(*args, **kwargs)
+
+    called, kwargs = {
+        "module": (model, {"y": y}),
+        "bound": (model.forward, {"y": y}),
+        "partial": (functools.partial(model.forward_with_cfg, cfg_scale=1.0), {"y": y}),
+        "function": (lambda x, t: model(x, t, y), {}),
+        "wrapped": (Wrapped(), {"y": y}),
+    }[kind]
+    hooks = {"denoised_fn": lambda x0: x0} if hook else {}
+    diffusion = create_diffusion("5")
+    got = diffusion.ddim_sample_loop(
+        called, z.shape, noise=z, model_kwargs=kwargs, clip_denoised=False, **hooks
+    )
+    if kind == "partial":
+        z = z[:1].repeat(2, 1, 1, 1)
+        got = got[:1]
+    x = z
+    with torch.no_grad(), fastdit.backend("reference"):
+        for t in (4, 3, 2, 1, 0):
+            call = (lambda x, t: model(x, t, y), x, torch.tensor([t, t]), False)
+            x = diffusion.ddim_sample(*call)["sample"]
+    assert (got - x[: len(got)]).abs().max() <= 2e-5 * x.abs().max()
 
 
 @pytest.mark.parametrize("loop", LOOPS)

@@ -54,11 +54,25 @@ std::tuple<Tensor, Tensor> diffusion_step_cpu(
     const std::optional<Tensor>& noise, const std::optional<Tensor>& x0_previous,
     std::optional<double> clip, bool learned_range, int64_t guided_channels,
     const std::optional<Tensor>& seed, const std::optional<Sizes>& patch) {
-  const Step step = prepare(x, model_output, table, index, noise, x0_previous, clip, learned_range,
-                            guided_channels, seed, patch);
+  Step step = prepare(x, model_output, table, index, noise, x0_previous, clip, learned_range,
+                      guided_channels, seed, patch);
   check_steps(step.call);
+  make_results(step);
   diffusion_step_all(step.call);
-  return {step.next, step.x0};
+  return {*step.next, *step.x0};
+}
+
+void diffusion_step_into_cpu(
+    const Tensor& x, const Tensor& model_output, const Tensor& table, const Tensor& index,
+    const std::optional<Tensor>& noise, const std::optional<Tensor>& x0_previous,
+    std::optional<double> clip, bool learned_range, int64_t guided_channels,
+    const std::optional<Tensor>& seed, const std::optional<Sizes>& patch,
+    Tensor next, std::optional<Tensor> x0) {
+  Step step = prepare(x, model_output, table, index, noise, x0_previous, clip, learned_range,
+                      guided_channels, seed, patch);
+  check_steps(step.call);
+  take_results(step, next, x0);
+  diffusion_step_all(step.call);
 }
 
 }  // namespace
@@ -69,8 +83,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastdit_native, m) {
       "diffusion_step(Tensor x, Tensor model_output, Tensor table, Tensor step, Tensor? noise, "
       "Tensor? x0_previous, float? clip, bool learned_range, int guided_channels, Tensor? seed, "
       "int[]? patch) -> (Tensor, Tensor)");
+  m.def(
+      "diffusion_step_into(Tensor x, Tensor model_output, Tensor table, Tensor step, "
+      "Tensor? noise, Tensor? x0_previous, float? clip, bool learned_range, int guided_channels, "
+      "Tensor? seed, int[]? patch, Tensor(a!) next, Tensor(b!)? x0) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastdit_native, CPU, m) {
   m.impl("diffusion_step", TORCH_BOX(&fastdit::diffusion_step_cpu));
+  m.impl("diffusion_step_into", TORCH_BOX(&fastdit::diffusion_step_into_cpu));
 }

@@ -12,17 +12,27 @@ namespace {
 
 constexpr long kQueries = 8;
 constexpr int32_t kDims = 8;
-Query queries[kQueries], is_negative;
+Query queries[kQueries], is_negative, increment_version;
 long query_count;
+
+// A module's variable, which tells by its value whether something watches.
+struct Global {
+  PyObject *dictionary, *name, *wanted;
+};
+Global globals[kQueries];
+long global_count;
 
 Query query_of(PyObject* callable, PyObject* wanted) {
   Query query;
   query.callable = callable, query.wanted = wanted;
-  if (python.PyCFunction_GetFlags(callable) == kNoArguments) {
-    query.function = python.PyCFunction_GetFunction(callable);
-    query.self = python.PyCFunction_GetSelf(callable);
-  }
+  const int flags = python.PyCFunction_GetFlags(callable);
   python.PyErr_Clear();  // it is no C function
+  if (flags == kNoArguments || flags == kOneArgument)
+    query.function = python.PyCFunction_GetFunction(callable);
+  else if (flags == (kFastCall | kKeywords))
+    query.with_keywords = reinterpret_cast<decltype(query.with_keywords)>(
+        python.PyCFunction_GetFunction(callable));
+  if (query.function || query.with_keywords) query.self = python.PyCFunction_GetSelf(callable);
   return query;
 }
 
@@ -34,12 +44,18 @@ const PyObject* type_of(PyObject* object) {
 }
 
 bool holds(const Query& query) {
-  return is(query.function ? query.function(query.self, nullptr)
-                           : python.PyObject_CallFunctionObjArgs(query.callable, nullptr),
+  return is(query.function        ? query.function(query.self, nullptr)
+            : query.with_keywords ? query.with_keywords(query.self, nullptr, 0, nullptr)
+                                  : python.PyObject_CallFunctionObjArgs(query.callable, nullptr),
             query.wanted);
 }
 
-bool negative(PyObject* tensor) {
+// Whether a tensor is negated lazily, as the imaginary part of a conjugate is. Every stride of such
+// a view is even, a complex number's; asking PyTorch takes as long as all else about a tensor.
+bool negative(PyObject* tensor, const dlpack::Tensor& t) {
+  if (t.code == dlpack::kInt) return false;
+  for (int32_t axis = t.ndim; axis-- > 0;)
+    if (t.shape[axis] != 1 && t.strides[axis] % 2) return false;
   Query query = is_negative;
   query.self = tensor;
   return !holds(query);
@@ -114,8 +130,10 @@ PythonMethod methods[] = {
 bool unobserved() {
   for (long i = 0; i < query_count; ++i)
     if (!holds(queries[i])) return false;
-  return is(python.PyObject_GetAttr(constants.forward_ad, constants.level_name),
-            constants.level_value);
+  for (long i = 0; i < global_count; ++i)  // a borrowed reference
+    if (python.PyDict_GetItemWithError(globals[i].dictionary, globals[i].name) != globals[i].wanted)
+      return false;
+  return true;
 }
 
 bool plain(PyObject* object, dlpack::Tensor& t) {
@@ -123,9 +141,10 @@ bool plain(PyObject* object, dlpack::Tensor& t) {
   const bool fits = kind == constants.tensor || kind == constants.parameter;
   if (!fits || exchange->dltensor_from_py_object_no_sync(object, &t)) return false;
   if (t.device_type != dlpack::kCpu || t.lanes != 1) return false;
+  if (!t.data) return false;  // empty, or another tensor's wrapper
   if (!gradient_wanted && aoti_torch_grad_mode_is_enabled())
     gradient_wanted = !is(python.PyObject_GetAttr(object, constants.requires_grad), constants.no);
-  return !negative(object);
+  return !negative(object, t);
 }
 
 bool read_int(PyObject* object, int64_t& to) {
@@ -158,6 +177,75 @@ PyObject* new_like(PyObject* x, const Operand& operand, void*& data) {
   return with_address(python.PyObject_CallFunctionObjArgs(constants.empty_like, x, nullptr), data);
 }
 
+// ---- given results ----------------------------------------------------------------------------------
+
+void Inputs::add(const dlpack::Tensor& t, bool replaceable) {
+  int64_t last = 0;
+  for (int32_t axis = 0; axis < t.ndim; ++axis) last += (t.shape[axis] - 1) * t.strides[axis];
+  const char* begin = static_cast<const char*>(t.data) + t.byte_offset;
+  spans_[count_++] = {begin, begin + (last + 1) * t.bits / 8, replaceable};
+}
+
+bool Inputs::allow(const Operand& result) const {
+  const char *begin = static_cast<const char*>(result.data()), *end = begin + result.bytes();
+  for (int i = 0; i < count_; ++i) {
+    const Span& span = spans_[i];
+    const bool apart = end <= span.begin || span.end <= begin;
+    if (!apart && !(span.replaceable && span.begin == begin && span.end == end)) return false;
+  }
+  return true;
+}
+
+bool Result::read(PyObject* object, PyObject* x, const Operand& operand, const Inputs& inputs) {
+  if (object == constants.none) return true;
+  if (object == x)
+    operand_ = operand;
+  else if (!operand_.read(object) || !operand_.same_as(operand) || !operand_.contiguous())
+    return false;
+  object_ = object;
+  return inputs.allow(operand_);
+}
+
+bool Result::apart_from(const Result& other) const {
+  Inputs first;
+  first.add(operand_.t);
+  return first.allow(other.operand_);
+}
+
+void* Result::make(PyObject* x, const Operand& operand) {
+  if (given()) return operand_.data();
+  void* data = nullptr;
+  made_ = new_like(x, operand, data);
+  return data;
+}
+
+PyObject* Result::release() {
+  PyObject* tensor = made_;
+  if (given()) python.Py_IncRef(tensor = object_);
+  made_ = nullptr;
+  return tensor;
+}
+
+Result::~Result() {
+  if (made_) python.Py_DecRef(made_);
+}
+
+bool written(PyObject* tensors) {
+  if (!tensors) return false;
+  PyObject* done = increment_version.function(increment_version.self, tensors);
+  python.Py_DecRef(tensors);
+  return is(done, constants.none);
+}
+
+bool read_pair(PyObject* object, PyObject* x, const Operand& operand, const Inputs& inputs,
+               Result& first, Result& second) {
+  if (object == constants.none) return true;
+  return python.PyTuple_Size(object) == 2 &&
+         first.read(python.PyTuple_GetItem(object, 0), x, operand, inputs) &&
+         second.read(python.PyTuple_GetItem(object, 1), x, operand, inputs) &&
+         first.given() && (!second.given() || first.apart_from(second));
+}
+
 }  // namespace fastdit::direct
 
 // The direct call of the op `name`, a new reference, or None where this process allows none.
@@ -176,9 +264,16 @@ extern "C" __attribute__((visibility("default"))) PyObject* fastdit_direct_call(
   if (!exchange || exchange->major != dlpack::kMajor || !exchange->dltensor_from_py_object_no_sync)
     return refuse();
   is_negative = query_of(constants.is_neg, constants.no);
-  if (!is_negative.function) return refuse();
+  increment_version = query_of(constants.increment_version, constants.none);
+  if (!is_negative.function || !increment_version.function) return refuse();
   query_count = python.PyTuple_Size(constants.queries);
-  if (query_count > kQueries) return refuse();
+  global_count = python.PyTuple_Size(constants.globals);
+  if (query_count > kQueries || global_count > kQueries) return refuse();
+  for (long i = 0; i < global_count; ++i) {
+    PyObject* variable = python.PyTuple_GetItem(constants.globals, i);
+    globals[i] = {python.PyTuple_GetItem(variable, 0), python.PyTuple_GetItem(variable, 1),
+                  python.PyTuple_GetItem(variable, 2)};
+  }
   for (long i = 0; i < query_count; ++i) {
     PyObject* query = python.PyTuple_GetItem(constants.queries, i);
     queries[i] = query_of(python.PyTuple_GetItem(query, 0), python.PyTuple_GetItem(query, 1));

@@ -32,8 +32,9 @@ struct Constants {
   PyObject *empty_like, *empty_strided;    // the second is private, faster, or None
   PyObject* is_neg;                        // bound to some tensor
   PyObject* requires_grad;                 // an attribute's name
-  PyObject *forward_ad, *level_name, *level_value;  // module, attribute, its value outside
+  PyObject* increment_version;             // of an iterable of tensors
   PyObject* queries;  // ((function, its result where nothing watches), ...)
+  PyObject* globals;  // ((a module's dictionary, a name, its value where nothing watches), ...)
 };
 extern Constants constants;
 
@@ -42,6 +43,7 @@ extern Constants constants;
 // A function without arguments. Most are C functions: their address saves half the time of a call.
 struct Query {
   PyObject* (*function)(PyObject* self, PyObject* unused) = nullptr;
+  PyObject* (*with_keywords)(PyObject* self, PyObject* const*, long, PyObject* names) = nullptr;
   PyObject *self = nullptr, *callable = nullptr, *wanted = nullptr;
 };
 
@@ -112,7 +114,26 @@ struct Operand {
     return type == other.type && t.ndim == other.t.ndim &&
            !std::memcmp(t.shape, other.t.shape, t.ndim * sizeof(int64_t));
   }
+  int64_t bytes() const { return count() * t.bits / 8; }
   Rows rows() const { return {data(), type, t.strides[0], t.strides[1]}; }
+};
+
+// The tensors that a call reads, as the bytes from their first element to their last.
+class Inputs {
+ public:
+  // A result may be the whole of this tensor where `replaceable`: what a kernel reads, element by
+  // element, before it writes there.
+  void add(const dlpack::Tensor& t, bool replaceable = false);
+  // Whether a dense result lies in none of them, or is a replaceable one.
+  bool allow(const Operand& result) const;
+
+ private:
+  struct Span {
+    const char *begin, *end;
+    bool replaceable;
+  };
+  Span spans_[8];
+  int count_ = 0;
 };
 
 // A Python int of 64 bits, or false.
@@ -126,6 +147,37 @@ bool read_sizes(PyObject* object, int64_t count, int64_t (&to)[2]);
 PyObject* new_tensor(const Operand& like, const int64_t* shape, int32_t dims, void*& data);
 // One like `x`, which the operand describes and which is dense.
 PyObject* new_like(PyObject* x, const Operand& operand, void*& data);
+
+// One result of a call: the tensor that was given for it, or a new one like x.
+class Result {
+ public:
+  // `object`, dense, like `x` and apart from the inputs; None asks for a new tensor.
+  bool read(PyObject* object, PyObject* x, const Operand& operand, const Inputs& inputs);
+  bool given() const { return object_ != nullptr; }
+  bool apart_from(const Result& other) const;
+  // Once nothing can refuse any more: the address, null where PyTorch refuses a new tensor.
+  void* make(PyObject* x, const Operand& operand);
+  // The tensor, a new reference, for the caller.
+  PyObject* release();
+  ~Result();
+
+  PyObject* object() const { return object_; }
+
+ private:
+  PyObject *object_ = nullptr, *made_ = nullptr;
+  Operand operand_;
+};
+
+// Tells autograd of tensors that are about to be written to, a tuple of them which it takes over:
+// a backward that saved one will raise. False where PyTorch refuses.
+bool written(PyObject* tensors);
+// The same of one result, if it was given.
+inline bool written(const Result& result) {
+  return !result.given() || written(python.PyTuple_Pack(1, result.object()));
+}
+// Of two results, the tuple that was given for both or None; no two of its tensors overlap.
+bool read_pair(PyObject* object, PyObject* x, const Operand& operand, const Inputs& inputs,
+               Result& first, Result& second);
 
 // (first, second), which it takes over, or null where either is.
 inline PyObject* pair(PyObject* first, PyObject* second) {
@@ -144,7 +196,8 @@ void unlocked(int64_t elements, const F& f) {
   python.PyEval_RestoreThread(state);
 }
 
-// The direct calls, by the op's name: `arguments` are those of its schema.
+// The direct calls, by the op's name: `arguments` are those of its schema; where results may be
+// given, then these, as the public function's `out`, or None.
 PyObject* adaln(PyObject*, PyObject* const* arguments, long count);
 PyObject* gated_adaln(PyObject*, PyObject* const* arguments, long count);
 PyObject* gated_residual(PyObject*, PyObject* const* arguments, long count);

@@ -8,14 +8,17 @@ namespace fastdit::direct {
 namespace {
 
 // x (B, N, D), not empty and contiguous, whose result is to be like it.
-bool read_stream(PyObject* object, Operand& x) {
-  return x.read(object) && x.t.ndim == 3 && x.count() && x.contiguous();
+bool read_stream(PyObject* object, Operand& x, Inputs& inputs) {
+  if (!x.read(object) || x.t.ndim != 3 || !x.count() || !x.contiguous()) return false;
+  inputs.add(x.t, true);
+  return true;
 }
 
-bool read_modulation(PyObject* object, const Operand& x, Modulation& to) {
+bool read_modulation(PyObject* object, const Operand& x, Modulation& to, Inputs& inputs) {
   if (object == constants.none) return true;
   Operand m;
   if (!m.read(object)) return false;
+  inputs.add(m.t);
   const int64_t* strides = m.t.strides;
   if (m.has_shape({x.size(0), x.size(2)}))
     to = {m.data(), m.type, strides[0], 0, strides[1]};
@@ -26,19 +29,21 @@ bool read_modulation(PyObject* object, const Operand& x, Modulation& to) {
   return true;
 }
 
-bool read_parameter(PyObject* object, int64_t width, Modulation& to) {
+bool read_parameter(PyObject* object, int64_t width, Modulation& to, Inputs& inputs) {
   if (object == constants.none) return true;
   Operand p;
   if (!p.read(object) || !p.has_shape({width})) return false;
+  inputs.add(p.t);
   to = {p.data(), p.type, 0, 0, p.t.strides[0]};
   return true;
 }
 
 // shift, scale, weight, bias, eps, norm, plus_one
-bool read_options(PyObject* const* o, const Operand& x, Adaln& a) {
+bool read_options(PyObject* const* o, const Operand& x, Adaln& a, Inputs& inputs) {
   const int64_t width = x.size(2);
-  if (!read_modulation(o[0], x, a.shift) || !read_modulation(o[1], x, a.scale) ||
-      !read_parameter(o[2], width, a.weight) || !read_parameter(o[3], width, a.bias))
+  if (!read_modulation(o[0], x, a.shift, inputs) || !read_modulation(o[1], x, a.scale, inputs) ||
+      !read_parameter(o[2], width, a.weight, inputs) ||
+      !read_parameter(o[3], width, a.bias, inputs))
     return false;
   a.rms = o[5] == constants.rms;
   if ((!a.rms && o[5] != constants.layer) || (o[6] != constants.yes && o[6] != constants.no))
@@ -57,67 +62,95 @@ void run_rows(const Adaln& a, int64_t batch) {
 }
 
 // y (B, N, D) with dense rows, and a gate.
-bool read_branch(PyObject* const* o, const Operand& x, Operand& y, Modulation& gate) {
-  return y.read(o[0]) && y.has_shape({x.size(0), x.size(1), x.size(2)}) &&
-         (y.t.strides[2] == 1 || y.size(2) == 1) && o[1] != constants.none &&
-         read_modulation(o[1], x, gate);
+bool read_branch(PyObject* const* o, const Operand& x, Operand& y, Modulation& gate,
+                 Inputs& inputs) {
+  if (!y.read(o[0]) || !y.has_shape({x.size(0), x.size(1), x.size(2)}) ||
+      (y.t.strides[2] != 1 && y.size(2) != 1))
+    return false;
+  inputs.add(y.t, y.type == x.type && y.contiguous());
+  return o[1] != constants.none && read_modulation(o[1], x, gate, inputs);
 }
+
+// The tensors given for results, behind `expected` other arguments; None where there is no such.
+PyObject* given(PyObject* const* o, long count, long expected) {
+  return count > expected ? o[expected] : constants.none;
+}
+
+bool counts(long count, long expected) { return count == expected || count == expected + 1; }
 
 }  // namespace
 
 PyObject* adaln(PyObject*, PyObject* const* o, long count) {
   Operand x;
+  Inputs inputs;
+  Result out;
   Adaln a;
-  if (count != 8 || !read_stream(o[0], x) || !read_options(o + 1, x, a) || !unobserved())
+  if (!counts(count, 8) || !read_stream(o[0], x, inputs) || !read_options(o + 1, x, a, inputs) ||
+      !out.read(given(o, count, 8), o[0], x, inputs) || !unobserved())
     return refuse();
   if (PyObject* left = left_to_autograd()) return left;
-  PyObject* out = new_like(o[0], x, a.out);
-  if (!out) return refuse();
+  a.out = written(out) ? out.make(o[0], x) : nullptr;
+  if (!a.out) return refuse();
   run_rows(a, x.size(0));
-  return out;
+  return out.release();
 }
 
 PyObject* gated_adaln(PyObject*, PyObject* const* o, long count) {
   Operand x, y;
+  Inputs inputs;
+  Result h, out;
   Adaln a;
-  if (count != 10 || !read_stream(o[0], x) || !read_branch(o + 1, x, y, a.gate) ||
-      !read_options(o + 3, x, a) || !unobserved())
+  if (!counts(count, 10) || !read_stream(o[0], x, inputs) ||
+      !read_branch(o + 1, x, y, a.gate, inputs) || !read_options(o + 3, x, a, inputs))
+    return refuse();
+  PyObject* both = given(o, count, 10);
+  if (!read_pair(both, o[0], x, inputs, h, out) || h.given() != out.given() || !unobserved())
     return refuse();
   if (PyObject* left = left_to_autograd()) return left;
+  if (h.given() && (python.Py_IncRef(both), !written(both))) return refuse();
   a.y = y.rows();
-  PyObject *h = new_like(o[0], x, a.h), *out = h ? new_like(o[0], x, a.out) : nullptr;
-  if (out) run_rows(a, x.size(0));
-  PyObject* both = pair(h, out);
-  return both ? both : refuse();
+  a.h = h.make(o[0], x), a.out = a.h ? out.make(o[0], x) : nullptr;
+  if (!a.out) return refuse();
+  run_rows(a, x.size(0));
+  return pair(h.release(), out.release());
 }
 
 PyObject* gated_residual(PyObject*, PyObject* const* o, long count) {
   Operand x, y;
+  Inputs inputs;
+  Result out;
   GatedResidual a;
-  if (count != 3 || !read_stream(o[0], x) || !read_branch(o + 1, x, y, a.gate) || !unobserved())
+  if (!counts(count, 3) || !read_stream(o[0], x, inputs) ||
+      !read_branch(o + 1, x, y, a.gate, inputs) ||
+      !out.read(given(o, count, 3), o[0], x, inputs) || !unobserved())
     return refuse();
   if (PyObject* left = left_to_autograd()) return left;
-  PyObject* out = new_like(o[0], x, a.out);
-  if (!out) return refuse();
+  a.out = written(out) ? out.make(o[0], x) : nullptr;
+  if (!a.out) return refuse();
   a.x = x.rows(), a.y = y.rows(), a.tokens = x.size(1), a.width = x.size(2);
   unlocked(x.count(), [&] { gated_residual_all(a, x.size(0)); });
-  return out;
+  return out.release();
 }
 
 PyObject* bias_gelu(PyObject*, PyObject* const* o, long count) {
   Operand x;
+  Inputs inputs;
+  Result out;
   BiasGelu a;
-  if (count != 2 || !x.read(o[0]) || x.t.ndim < 1 || x.t.ndim > 8 || !x.count() || !x.contiguous())
+  if (!counts(count, 2) || !x.read(o[0]) || x.t.ndim < 1 || x.t.ndim > 8 || !x.count() ||
+      !x.contiguous())
     return refuse();
+  inputs.add(x.t, true);
   a.width = x.size(x.t.ndim - 1);
-  if (o[1] == constants.none || !read_parameter(o[1], a.width, a.bias) || !unobserved())
+  if (o[1] == constants.none || !read_parameter(o[1], a.width, a.bias, inputs) ||
+      !out.read(given(o, count, 2), o[0], x, inputs) || !unobserved())
     return refuse();
   if (PyObject* left = left_to_autograd()) return left;
-  PyObject* out = new_like(o[0], x, a.out);
-  if (!out) return refuse();
+  a.out = written(out) ? out.make(o[0], x) : nullptr;
+  if (!a.out) return refuse();
   a.x = x.data(), a.type = x.type;
   unlocked(8 * x.count(), [&] { bias_gelu_all(a, x.count() / a.width); });
-  return out;
+  return out.release();
 }
 
 }  // namespace fastdit::direct

@@ -26,6 +26,29 @@ enum class Epilogue : int8_t {
   add,    // c = v + row[column], row: the token's
 };
 
+// out[m][n] = f(a[m]·w[n] + bias[n]), both rows dense: for few rows, at the speed of memory. Of a
+// layer's modulations each vector of `group` columns is `group_stride` behind the last, and the
+// scales, every second of three, are stored as 1 + scale.
+struct Dots {
+  const float *a = nullptr, *w = nullptr, *bias = nullptr;
+  float* out = nullptr;
+  int64_t out_stride = 0;
+  int64_t rows = 0, depth = 0;
+  bool silu = false;
+  int64_t group = 0, group_stride = 0;  // 0: the columns are one vector
+};
+
+// Columns [begin, end) of a product with few rows.
+struct DotsPart {
+  const Dots* dots = nullptr;
+  int64_t begin = 0, end = 0;
+
+  DotsPart part(int64_t from, int64_t to, int64_t count) const {
+    const int64_t size = end - begin;
+    return {dots, begin + size * from / count, begin + size * to / count};
+  }
+};
+
 struct Gemm {
   const float* a = nullptr;
   int64_t a_stride = 0;
@@ -37,6 +60,7 @@ struct Gemm {
   Epilogue epilogue = Epilogue::plain;
   const float* row = nullptr;  // of the epilogue, padded as the bias
   int64_t row_step = 0, tokens = 1;
+  DotsPart beside = {};  // what is computed at the same time
 };
 
 // A (rows, depth) weight as panels.
@@ -86,23 +110,15 @@ struct Norm {
   float eps = 0;
 };
 
-// softmax(QKᵀ/√d)·V of packed rows [Q | K | V], each head's columns side by side.
+// softmax(QKᵀ/√d)·V of packed rows [Q | K | V], each head's columns side by side; of each sample the
+// tokens [query, query + queries), whose rows are those of `out`.
 struct Attention {
   const float* qkv = nullptr;
   int64_t qkv_stride = 0;
   float* out = nullptr;
   int64_t out_stride = 0;
-  int64_t tokens = 0, heads = 0, head_dim = 0;
+  int64_t tokens = 0, heads = 0, head_dim = 0, query = 0, queries = 0;
   int64_t parts = 1;  // of a head's queries: an item each
-};
-
-// out[m][n] = f(a[m]·w[n] + bias[n]), both rows dense: for few rows, at the speed of memory.
-struct Dots {
-  const float *a = nullptr, *w = nullptr, *bias = nullptr;
-  float* out = nullptr;
-  int64_t out_stride = 0;
-  int64_t rows = 0, depth = 0;
-  bool silu = false;
 };
 
 }  // namespace fastdit
@@ -111,15 +127,16 @@ FASTDIT_KERNEL(panel_width, (int64_t& width), (width))
 FASTDIT_KERNEL(pack_panels, (const Pack& p, int64_t begin, int64_t end), (p, begin, end))
 FASTDIT_KERNEL(gemm_block,
                (const Gemm& g, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end,
-                float* scratch),
-               (g, row, row_end, panel, panel_end, scratch))
+                DotsPart beside, float* scratch),
+               (g, row, row_end, panel, panel_end, beside, scratch))
 FASTDIT_KERNEL(gemm_scratch, (const Gemm& g, int64_t& floats), (g, floats))
 FASTDIT_KERNEL(int8_group, (int64_t& group), (group))
 FASTDIT_KERNEL(pack_int8_panels, (const PackInt8& p, int64_t begin, int64_t end), (p, begin, end))
 FASTDIT_KERNEL(quantize_rows, (const Quantized& q, int64_t begin, int64_t end), (q, begin, end))
 FASTDIT_KERNEL(gemm_int8_block,
-               (const GemmInt8& g, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end),
-               (g, row, row_end, panel, panel_end))
+               (const GemmInt8& g, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end,
+                DotsPart beside),
+               (g, row, row_end, panel, panel_end, beside))
 FASTDIT_KERNEL(norm_rows, (const Norm& n, int64_t begin, int64_t end), (n, begin, end))
 FASTDIT_KERNEL(attention_items, (const Attention& a, int64_t begin, int64_t end, float* scratch),
                (a, begin, end, scratch))

@@ -6,17 +6,10 @@
 // of reading the parameters once, where they lie, and no packed copy of them is kept.
 #include <cmath>
 
-#include "cpu/forward_shared.h"
+#include "cpu/forward_modulation.h"
 
 namespace fastdit {
 namespace {
-
-// Columns of one product with few rows, 32 at a time: the weights of those stay in cache.
-void dots(const Dots& d, int64_t columns) {
-  shared((columns + 31) / 32, double(d.rows) * columns * d.depth, [&](int64_t begin, int64_t end) {
-    for (; begin < end; ++begin) dots_columns(d, 32 * begin, std::min(columns, 32 * (begin + 1)));
-  });
-}
 
 // (B, 2F): [cos | sin] of t·frequencies.
 void sinusoids(const Tensor& t, const Tensor& frequencies, float* to) {
@@ -38,41 +31,52 @@ void linear(const float* a, int64_t rows, int64_t depth, const Tensor& weight, c
             bool silu, float* out, int64_t out_stride) {
   const int64_t columns = weight.dim() ? weight.size(0) : 0;
   const float* w = floats_of(weight, {columns, depth}, "weight");
-  const Dots d{a, w, floats_of(bias, {columns}, "bias"), out, out_stride, rows, depth, silu};
-  dots(d, columns);
+  multiply({a, w, floats_of(bias, {columns}, "bias"), out, out_stride, rows, depth, silu}, columns);
 }
 
-// `embedder`: the timestep MLP's two weights and biases, and the table of labels. `weights` and
-// `biases`: the modulation Linears, any number of them one below the other in a tensor.
+}  // namespace
+
+Conditioner::Conditioner(const Tensor& t, const Tensor& y, const Tensor& frequencies,
+                         const std::vector<Tensor>& embedder)
+    : rows_(t.numel()), width_(0) {
+  STD_TORCH_CHECK(embedder.size() == 5, "embedder: wrong length");
+  const int64_t inputs = 2 * frequencies.numel();
+  width_ = embedder[0].size(0);
+  STD_TORCH_CHECK(y.scalar_type() == ScalarType::Long && y.is_cpu() && y.is_contiguous(),
+                  "y: must be a contiguous int64 CPU tensor");
+  check_shape(y, {rows_}, "y");
+  const Tensor& labels = embedder[4];
+  const float* table = floats_of(labels, {labels.size(0), width_}, "table");
+  scratch_ = empty({rows_, inputs + 2 * width_}, ScalarType::Float);
+  float* angles = static_cast<float*>(scratch_.data_ptr());
+  float* hidden = angles + rows_ * inputs;
+  c_ = hidden + rows_ * width_;
+  sinusoids(t, frequencies, angles);
+  linear(angles, rows_, inputs, embedder[0], embedder[1], true, hidden, width_);
+  linear(hidden, rows_, width_, embedder[2], embedder[3], false, c_, width_);
+  const int64_t* label = static_cast<const int64_t*>(y.data_ptr());
+  for (int64_t row = 0; row < rows_; ++row) {
+    STD_TORCH_CHECK(label[row] >= 0 && label[row] < labels.size(0), "y: got ", label[row],
+                    ", allowed is 0 to ", labels.size(0) - 1);
+    for (int64_t i = 0; i < width_; ++i) c_[row * width_ + i] += table[label[row] * width_ + i];
+  }
+  silu_floats(c_, rows_ * width_);
+}
+
+namespace {
+
+// `weights` and `biases`: the modulation Linears, any number of them one below the other in a tensor.
 Tensor forward_conditioning(const Tensor& t, const Tensor& y, const Tensor& frequencies,
                             std::vector<Tensor> embedder, std::vector<Tensor> weights,
                             std::vector<Tensor> biases) {
-  STD_TORCH_CHECK(embedder.size() == 5 && weights.size() == biases.size(), "weights: wrong number");
-  const int64_t rows = t.numel(), width = embedder[0].size(0), inputs = 2 * frequencies.numel();
-  STD_TORCH_CHECK(y.scalar_type() == ScalarType::Long && y.is_cpu() && y.is_contiguous(),
-                  "y: must be a contiguous int64 CPU tensor");
-  check_shape(y, {rows}, "y");
-  const Tensor& labels = embedder[4];
-  const float* table = floats_of(labels, {labels.size(0), width}, "table");
+  STD_TORCH_CHECK(weights.size() == biases.size(), "weights: wrong number");
+  const Conditioner made(t, y, frequencies, embedder);
   int64_t columns = 0;
   for (const Tensor& weight : weights) columns += weight.size(0);
-  Tensor out = empty({rows, columns}, ScalarType::Float);
-  Tensor scratch = empty({rows, inputs + 2 * width}, ScalarType::Float);
-  float* angles = static_cast<float*>(scratch.data_ptr());
-  float *hidden = angles + rows * inputs, *c = hidden + rows * width;
-  sinusoids(t, frequencies, angles);
-  linear(angles, rows, inputs, embedder[0], embedder[1], true, hidden, width);
-  linear(hidden, rows, width, embedder[2], embedder[3], false, c, width);
-  const int64_t* label = static_cast<const int64_t*>(y.data_ptr());
-  for (int64_t row = 0; row < rows; ++row) {
-    STD_TORCH_CHECK(label[row] >= 0 && label[row] < labels.size(0), "y: got ", label[row],
-                    ", allowed is 0 to ", labels.size(0) - 1);
-    for (int64_t i = 0; i < width; ++i) c[row * width + i] += table[label[row] * width + i];
-  }
-  silu_floats(c, rows * width);
+  Tensor out = empty({made.rows(), columns}, ScalarType::Float);
   float* to = static_cast<float*>(out.data_ptr());
   for (size_t i = 0; i < weights.size(); to += weights[i++].size(0))
-    linear(c, rows, width, weights[i], biases[i], false, to, columns);
+    linear(made.c(), made.rows(), made.width(), weights[i], biases[i], false, to, columns);
   return out;
 }
 

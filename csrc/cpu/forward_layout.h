@@ -69,11 +69,14 @@ struct PackedLayout {
 
 // The activations: the residual stream, its normalisation (then attention's output), and what is
 // wide: qkv, the MLP's hidden rows, the patches, the pixels. In 8 bits also what a product reads.
+// Where a sample runs in parts, one may be in the MLP while another reads its keys, and in the next
+// layer while a third still does: qkv lies apart, in two places by turns.
 struct Workspace {
   int64_t modulations, stream, normed, wide, wide_stride, floats;
   int64_t words = 0, words_stride = 0, scales = 0, zeros = 0;
+  int64_t qkv[2];
 
-  Workspace(const Dit& d, int64_t batch, int64_t group) {
+  Workspace(const Dit& d, int64_t batch, int64_t group, int64_t parts) {
     const int64_t rows = batch * d.tokens(), narrow = rows * row_stride(d.hidden);
     wide_stride = row_stride(std::max({3 * d.hidden, d.mlp, d.patch_size(), d.pixels()}));
     modulations = 0;
@@ -81,6 +84,10 @@ struct Workspace {
     normed = stream + narrow;
     wide = normed + narrow;
     floats = wide + rows * wide_stride + 16;
+    for (int64_t& each : qkv) {
+      each = parts > 1 ? floats : wide;
+      if (parts > 1) floats += rows * wide_stride + 16;
+    }
     if (!group) return;
     words_stride = row_stride(words_of(std::max(d.hidden, d.mlp), group));
     words = floats;

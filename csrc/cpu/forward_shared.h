@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <thread>
 #include <vector>
 
 #include "cpu/forward_layout.h"
@@ -18,6 +19,12 @@ struct Alone {
 };
 
 inline int64_t threads() { return Alone::alive ? 1 : torch::stable::get_num_threads(); }
+
+inline void pause() {  // a few dozen cycles
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
 
 // f(begin, end) over `count` items on as many threads as there are, if the work is worth them. A
 // thread takes a quarter of its share of what is left, again and again: where equal shares would
@@ -38,6 +45,31 @@ void shared(int64_t count, double work, const F& f) {
       if (!next.compare_exchange_weak(begin, end)) continue;
       f(begin, end);
       begin = next.load(std::memory_order_relaxed);
+    }
+  });
+}
+
+// f(stage, item, slot) for `items` items of each of `stages` stages; none begins before all of the
+// stage before have ended. A thread takes the same items in every stage, whose rows it has in its
+// cache, and others only where nobody has begun them: who waits, waits for one that runs. So it ends
+// with any number of threads, even where there is but one. Work between two waits is milliseconds,
+// a wait spins for microseconds and then yields its processor.
+template <class F>
+void in_stages(int64_t stages, int64_t items, const F& f) {
+  std::vector<std::atomic<bool>> taken(stages * items);
+  std::atomic<int64_t> ended{0};
+  const int64_t workers = threads();
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t slot, int64_t) {
+    const Alone alone;
+    for (int64_t stage = 0; stage < stages; ++stage) {
+      for (int spins = 0; ended.load(std::memory_order_acquire) < stage * items; ++spins)
+        spins < 10000 ? pause() : std::this_thread::yield();
+      for (int64_t i = 0; i < items; ++i) {
+        const int64_t item = (items * slot / workers + i) % items;
+        if (taken[stage * items + item].exchange(true)) continue;
+        f(stage, item, slot);
+        ended.fetch_add(1, std::memory_order_release);
+      }
     }
   });
 }

@@ -139,7 +139,6 @@ __device__ __forceinline__ void update(const StepCall& call, const Sample& sampl
     x0[j] = predicted_x0(sample.row, x[j], e[j], call.clip);
     next[j] = next_mean(sample.row, x[j], x0[j]);
   }
-  store(x0, count, static_cast<X*>(call.x0) + at);
   if (call.previous != nullptr) {
     load(static_cast<const X*>(call.previous) + at, count, extra);
 #pragma unroll
@@ -157,6 +156,8 @@ __device__ __forceinline__ void update(const StepCall& call, const Sample& sampl
       next[j] += sigma * extra[j];
     }
   }
+  // Last: a result may be any of the tensors read above.
+  if (call.x0 != nullptr) store(x0, count, static_cast<X*>(call.x0) + at);
   store(next, count, static_cast<X*>(call.next) + at);
 }
 

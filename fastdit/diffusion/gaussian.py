@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastdit.diffusion.kinds import LossType, ModelMeanType, ModelVarType
-from fastdit.diffusion.loops import SamplingLoops
+from fastdit.diffusion.loops import SamplingLoops, behind_a_bar
 from fastdit.diffusion.losses import discretized_gaussian_log_likelihood, mean_flat, normal_kl
 from fastdit.diffusion.process import Row
 from fastdit.diffusion.steps import Model
@@ -139,7 +139,7 @@ class GaussianDiffusion(SamplingLoops):
         """
         draw = torch.randn_like if noise_fn is None else noise_fn
         terms: dict[str, list[Tensor]] = {"vb": [], "xstart_mse": [], "mse": []}
-        for t in self._descending(x_start, progress):
+        for t in behind_a_bar(self.descending(x_start), progress):
             noise = draw(x_start)
             with torch.no_grad():
                 row = self._rows(x_start, t)

@@ -8,25 +8,36 @@ single step (`fastdit.diffusion.steps`), the arguments
 - `device`: where to sample; None takes the start noise's device, or the model's.
 - `progress`: show a tqdm bar.
 - `noise_fn`: called once a step with x, gives the step's noise; None is `torch.randn_like`.
+- `graph`: replay a CUDA graph of the step. None does where it can be: for a `fastdit.DiT` in eval
+  mode without forward hooks, or its `forward_with_cfg`, on a GPU, outside autocast and without
+  `noise_fn`. True is an error elsewhere, which says why; False never does.
 
 `*_loop` returns the last samples. `*_loop_progressive` yields each step's dict; what its consumer
 puts under `sample` is what the next step starts from, as inpainting needs. Steps run without
-gradients. The conditioning of a plain DiT is computed before the first step
-(`fastdit.sampler.ahead`).
+gradients.
+
+The loops are runs of `fastdit.Sampler`'s engine (`fastdit.sampler.published`), which computes the
+conditioning of such a DiT before the first step. Its update has no place for functions: with
+`denoised_fn` or `cond_fn`, or a method of a step that a subclass or somebody else has overridden,
+the steps are `p_sample`, `ddim_sample` and `dpm_solver_sample` themselves. The numbers are the
+same.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ParamSpec
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 import torch
 from torch import Tensor
 
 from fastdit.diffusion.steps import DenoisedFn, Model, ReverseSteps, Sample
 from fastdit.ops import _checks
+
+if TYPE_CHECKING:
+    from fastdit.sampler.published import Published
 
 NoiseFn = Callable[[Tensor], Tensor | None]
 
@@ -54,17 +65,55 @@ def _start(model: Model, shape: Sequence[int], noise: Any, device: Any) -> Tenso
     return noise
 
 
+def behind_a_bar(steps: Iterable[Any], progress: bool) -> Iterable[Any]:
+    """The steps as they are taken, a bar moving before them if asked."""
+    if not progress:
+        return steps
+    from tqdm.auto import tqdm
+
+    return tqdm(steps)
+
+
+def _yielded(asked: Published, progress: bool) -> Generator[Sample]:
+    """Each step's dict; it goes on from what its consumer has made of it."""
+    with asked.begun() as run:
+        for _step in behind_a_bar(run, progress):
+            out = run.result()
+            yield out
+            run.resume(out)
+
+
+class Steps(Iterator[Sample]):
+    """A loop's steps, each taken when it is asked for; or the last samples at once."""
+
+    def __init__(self, asked: Published, progress: bool) -> None:
+        self._asked, self._progress = asked, progress
+        self._each = _yielded(asked, progress)
+
+    def __next__(self) -> Sample:
+        return next(self._each)
+
+    def close(self) -> None:
+        """Take no further step."""
+        self._each.close()
+
+    def last(self) -> Tensor:
+        """Take all steps; the samples after them."""
+        with self._asked.begun() as run:
+            for _step in behind_a_bar(run, self._progress):
+                pass
+            return run.result()["sample"]
+
+
 Arguments = ParamSpec("Arguments")
 
 
-def _last_of(progressive: Callable[Arguments, Iterator[Sample]]) -> Callable[Arguments, Tensor]:
+def _last_of(progressive: Callable[Arguments, Steps]) -> Callable[Arguments, Tensor]:
     """The same run with the same arguments, returning its last samples only."""
 
     @functools.wraps(progressive)
     def loop(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Tensor:
-        for out in progressive(*args, **kwargs):
-            sample = out["sample"]
-        return sample
+        return progressive(*args, **kwargs).last()
 
     whole = progressive.__name__.removesuffix("_progressive")
     loop.__name__, loop.__qualname__ = whole, f"SamplingLoops.{whole}"
@@ -77,6 +126,11 @@ def _last_of(progressive: Callable[Arguments, Iterator[Sample]]) -> Callable[Arg
 
 class SamplingLoops(ReverseSteps):
     """Whole sampling runs of the steps of `ReverseSteps`."""
+
+    def _steps(self, progress: bool, *asked: Any) -> Steps:
+        from fastdit.sampler.published import Published  # the engine needs the diffusions
+
+        return Steps(Published(self, *asked), progress)
 
     def p_sample_loop_progressive(
         self,
@@ -91,16 +145,12 @@ class SamplingLoops(ReverseSteps):
         progress: bool = False,
         *,
         noise_fn: NoiseFn | None = None,
-    ) -> Iterator[Sample]:
+        graph: bool | None = None,
+    ) -> Steps:
         """DDPM, yielding each step's `p_sample`; arguments at the top of this module."""
         start = _start(model, shape, noise, device)
-        model = self._ahead(model, start, model_kwargs)
-
-        def step(x: Tensor, t: Tensor, _x0: Tensor | None) -> Sample:
-            given = (clip_denoised, denoised_fn, cond_fn, model_kwargs)
-            return self.p_sample(model, x, t, *given, noise=noise_fn)
-
-        return self._loop(step, start, progress)
+        hooks = (clip_denoised, denoised_fn, cond_fn, model_kwargs, noise_fn)
+        return self._steps(progress, "ddpm", model, start, *hooks, graph)
 
     p_sample_loop = _last_of(p_sample_loop_progressive)
 
@@ -118,16 +168,12 @@ class SamplingLoops(ReverseSteps):
         eta: float = 0.0,
         *,
         noise_fn: NoiseFn | None = None,
-    ) -> Iterator[Sample]:
+        graph: bool | None = None,
+    ) -> Steps:
         """DDIM, yielding each step's `ddim_sample`; arguments at the top of this module."""
         start = _start(model, shape, noise, device)
-        model = self._ahead(model, start, model_kwargs)
-
-        def step(x: Tensor, t: Tensor, _x0: Tensor | None) -> Sample:
-            given = (clip_denoised, denoised_fn, cond_fn, model_kwargs, eta)
-            return self.ddim_sample(model, x, t, *given, noise=noise_fn)
-
-        return self._loop(step, start, progress)
+        hooks = (clip_denoised, denoised_fn, cond_fn, model_kwargs, noise_fn)
+        return self._steps(progress, "ddim", model, start, *hooks, graph, {"eta": eta})
 
     ddim_sample_loop = _last_of(ddim_sample_loop_progressive)
 
@@ -143,7 +189,9 @@ class SamplingLoops(ReverseSteps):
         device: torch.device | str | None = None,
         progress: bool = False,
         order: int = 2,
-    ) -> Iterator[Sample]:
+        *,
+        graph: bool | None = None,
+    ) -> Steps:
         """DPM-Solver++(1) or (2M), yielding each step's `dpm_solver_sample`; arguments at the top
         of this module.
 
@@ -151,40 +199,13 @@ class SamplingLoops(ReverseSteps):
         `final_sigmas_type="zero"`. The steps are those of the respacing: 20 are often enough.
         """
         start = _start(model, shape, noise, device)
-        model = self._ahead(model, start, model_kwargs)
-
-        def step(x: Tensor, t: Tensor, x0: Tensor | None) -> Sample:
-            given = (clip_denoised, denoised_fn, cond_fn, model_kwargs, order)
-            return self.dpm_solver_sample(model, x, t, *given, x0_previous=x0)
-
-        return self._loop(step, start, progress)
+        hooks = (clip_denoised, denoised_fn, cond_fn, model_kwargs, None)
+        return self._steps(progress, "dpm++", model, start, *hooks, graph, {"order": order})
 
     dpm_solver_sample_loop = _last_of(dpm_solver_sample_loop_progressive)
 
-    def _ahead(self, model: Model, x: Tensor, model_kwargs: dict[str, Any] | None) -> Model:
-        """The model, its conditioning computed before the first step where that is possible."""
-        from fastdit.sampler.ahead import ahead  # which needs the diffusions
-
-        return ahead(model, x, torch.tensor(self.timestep_map[::-1]), model_kwargs)
-
-    def _loop(
-        self, step: Callable[[Tensor, Tensor, Tensor | None], Sample], x: Tensor, progress: bool
-    ) -> Iterator[Sample]:
-        """`step(x, t, x0 of the step before)` for t = T − 1 to 0. All t are on the device at the
-        start: no step copies anything there."""
-        x0 = None
-        for t in self._descending(x, progress):
-            with torch.no_grad():
-                out = step(x, t, x0)
-            yield out
-            x, x0 = out["sample"], out["pred_xstart"]
-
-    def _descending(self, x: Tensor, progress: bool) -> Any:
-        """The batch's timesteps `(B,)` from the last to the first, behind a bar if asked."""
+    def descending(self, x: Tensor) -> Sequence[Tensor]:
+        """The batch's timesteps `(B,)` from the last to the first, all of them on the device: no
+        step copies anything there."""
         every = torch.arange(self.num_timesteps - 1, -1, -1, device=x.device)
-        timesteps = every[:, None].repeat(1, x.shape[0]).unbind(0)
-        if not progress:
-            return timesteps
-        from tqdm.auto import tqdm
-
-        return tqdm(timesteps)
+        return every[:, None].repeat(1, x.shape[0]).unbind(0)

@@ -49,6 +49,17 @@ def _draw(noise: Noise, x: Tensor) -> Tensor | None:
     return noise(x) if callable(noise) else noise
 
 
+def checked_output(output: Any, x: Tensor, learns_variance: bool) -> tuple[Tensor, Any]:
+    """What a model returned for `x`, its shape checked, and whatever else it returned."""
+    output, extra = output if isinstance(output, tuple) else (output, None)
+    channels = x.shape[1] * (2 if learns_variance else 1)
+    allowed = (x.shape[0], channels, *x.shape[2:])
+    if not isinstance(output, Tensor) or output.shape != allowed:
+        learned = f"{allowed}, as learn_sigma is {learns_variance}"
+        _checks.fail("the model's output", _checks.described(output), learned)
+    return output, extra
+
+
 class ReverseSteps(ForwardProcess):
     """The reverse process p(x_{t−1} | x_t) of a model.
 
@@ -244,13 +255,7 @@ class ReverseSteps(ForwardProcess):
         """The model's output, its shape checked, and whatever else it returned."""
         self._check_timesteps(x, t)
         output = model(x, self._original_timesteps(t), **(model_kwargs or {}))
-        output, extra = output if isinstance(output, tuple) else (output, None)
-        channels = x.shape[1] * (2 if self.learns_variance else 1)
-        allowed = (x.shape[0], channels, *x.shape[2:])
-        if not isinstance(output, Tensor) or output.shape != allowed:
-            learned = f"{allowed}, as learn_sigma is {self.learns_variance}"
-            _checks.fail("the model's output", _checks.described(output), learned)
-        return output, extra
+        return checked_output(output, x, self.learns_variance)
 
     def _denoised(
         self, output: Tensor, x: Tensor, t: Tensor, denoised_fn: DenoisedFn | None

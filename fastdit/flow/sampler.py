@@ -174,9 +174,7 @@ class Sampler:
     ) -> Iterator[Tensor]:
         """x after each step of `plan`."""
         run = self.run(plan, x, model, model_kwargs, guidance, noise_fn)
-        for step in range(len(plan)):
-            with torch.no_grad():
-                run.advance(step)
+        for step in run:
             if plan.ends[step]:
                 yield run.x
 
@@ -191,12 +189,17 @@ class Sampler:
         noise_fn: NoiseFn = published_noise,
     ) -> Run:
         """The engine's run of `plan`, before its first step."""
-        from fastdit.sampler.ahead import ahead  # the engine needs the transports
-        from fastdit.sampler.conditions import Conditions
+        from fastdit.sampler.ahead import NotPlain, plain  # the engine needs the transports
+        from fastdit.sampler.conditions import unconditional
         from fastdit.sampler.run import Recipe, Run
 
         _checks.tensor("x", x, range(2, 6), "(B, C, ...)")
         channels, rows, both = 0, x, model_kwargs
+        given, conditioning = unconditional(len(x), x.device), None
+
+        def call(given: Tensor, t: Tensor, _y: Tensor | None) -> Tensor:
+            return model(given, t, **(both if len(given) == len(rows) else model_kwargs))
+
         if guidance is not None and guidance.scale != 1:
             scale = self.transport.time_scale
             low, high = guidance.interval
@@ -205,16 +208,18 @@ class Sampler:
             rows, both = guidance.doubled(x, model, model_kwargs)
         exact = torch.promote_types(x.dtype, torch.float32)
         times = plan.times.to(x.device, exact)
-        call = ahead(model, rows, times, both)
+        try:
+            found = plain(model, rows, both).ahead(rows, times, halves=rows is not x)
+            call, given, conditioning = found.denoise, found.conditions, found.conditioning
+        except NotPlain:
+            pass
 
-        def denoise(given: Tensor, t: Tensor, _y: Tensor | None) -> Tensor:
-            kwargs = both if len(given) == len(rows) else model_kwargs
-            return self.transport.checked(call(given, t, **kwargs), given)
+        def denoise(x: Tensor, t: Tensor | None, y: Tensor | None, **ahead: Tensor) -> Tensor:
+            return self.transport.checked(call(x, t, y, **ahead), x)
 
         table = plan.whole_table().to(x.device, exact)
         recipe = Recipe(denoise, plan, table, times, channels, noise_fn)
-        one = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        return Run(recipe, x, Conditions(None, one, 1), None, captured=False)
+        return Run(recipe, x, given, None, conditioning)
 
     def _output(
         self,

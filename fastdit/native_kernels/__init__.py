@@ -4,4 +4,4 @@ Each op's module lists its `KERNELS`, of any device. They are imported when the 
 so `torch.ops.fastdit_native` has its ops, and registered in this order, the fastest first.
 """
 
-MODULES: tuple[str, ...] = ("diffusion_step", "rows", "patch_embed", "unpatchify")
+MODULES: tuple[str, ...] = ("diffusion_step", "rows", "glu", "patch_embed", "unpatchify")

@@ -8,12 +8,25 @@ from fastdit import backends
 from fastdit.native_kernels.direct import direct_call
 
 _op = torch.ops.fastdit_native.diffusion_step.default
+_into = torch.ops.fastdit_native.diffusion_step_into.default
 _STORED = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @torch.library.register_fake("fastdit_native::diffusion_step")
 def _fake(x, *_rest):
     return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
+
+
+@torch.library.register_fake("fastdit_native::diffusion_step_into")
+def _fake_into(*_args):
+    return None
+
+
+def _run(*args, out=None):
+    if out is None:
+        return _op(*args)
+    _into(*args, *out)
+    return out
 
 
 def _unsupported(x, model_output, table, *_rest) -> str | None:
@@ -37,12 +50,19 @@ KERNELS = (
         "diffusion_step",
         "cpu",
         "csrc",
-        _op,
+        _run,
         _unsupported,
         checks_arguments=True,
         direct=direct_call("diffusion_step"),
+        takes_out=True,
     ),
     backends.Kernel(
-        "diffusion_step", "cuda", "csrc", _op, _unsupported_cuda, checks_arguments=True
+        "diffusion_step",
+        "cuda",
+        "csrc",
+        _run,
+        _unsupported_cuda,
+        checks_arguments=True,
+        takes_out=True,
     ),
 )

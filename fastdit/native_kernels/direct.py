@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
+from torch.autograd import forward_ad, profiler
 
 from fastdit import native
 
@@ -24,10 +24,14 @@ def _constants() -> tuple[Any, ...]:
     watching = (
         (torch._C._len_torch_dispatch_stack, 0),
         (torch._C._len_torch_function_stack, 0),
-        (torch._C._functorch.peek_interpreter_stack, None),
-        (torch._C._get_tracing_state, None),
-        (torch.autograd._profiler_enabled, False),
+        (torch._C._is_tracing, False),
     )
+    variables = (
+        (vars(forward_ad), "_current_level", -1),
+        (vars(profiler), "_is_profiler_enabled", False),
+    )
+    if not all(name in module for module, name, _outside in variables):
+        raise AttributeError("one of PyTorch's private variables is gone")
     # What torch.compile's code allocates with, in half of empty_like's time, or None.
     guards = getattr(torch._C._dynamo, "guards", None)
     return (
@@ -37,8 +41,9 @@ def _constants() -> tuple[Any, ...]:
         *(torch.empty_like, getattr(guards, "_empty_strided_cpu", None)),
         torch.empty(0).is_neg,
         "requires_grad",
-        *(forward_ad, "_current_level", -1),
+        torch._C._increment_version,
         watching,
+        variables,
     )
 
 

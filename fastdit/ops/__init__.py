@@ -7,6 +7,7 @@
 | `gated_adaln` | h = x + gate·y, then adaln(h) | read 2, write 2 |
 | `attention` | softmax(QKᵀ/√d)V on packed qkv | read 3, write 1 |
 | `bias_gelu` | gelu_tanh(x + bias) | read 1, write 1 |
+| `glu` | act(gate)·up | read 2, write 1 |
 | `patch_embed` | conv(stride = patch), flatten, + pos | read the latents, write the tokens |
 | `unpatchify` | token rows to an image | read 1, write 1 |
 | `diffusion_step` | one row of a sampler's table | read x, model output, noise; write x' |
@@ -27,6 +28,7 @@ from fastdit.ops.bias_gelu import bias_gelu
 from fastdit.ops.diffusion_step import diffusion_step
 from fastdit.ops.gated_adaln import gated_adaln
 from fastdit.ops.gated_residual import gated_residual
+from fastdit.ops.glu import glu
 from fastdit.ops.patch_embed import patch_embed
 from fastdit.ops.unpatchify import unpatchify
 
@@ -37,6 +39,7 @@ __all__ = [
     "diffusion_step",
     "gated_adaln",
     "gated_residual",
+    "glu",
     "patch_embed",
     "unpatchify",
 ]

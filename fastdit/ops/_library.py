@@ -11,6 +11,7 @@ another op, `<name>_backward`.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastdit import backends
+from fastdit.ops import _results
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -154,6 +156,9 @@ class Op:
     The schema op may return more than the reference does: what its backward wants saved, such as
     the rows' statistics. `saving` is then the reference with these further outputs, and `returns`
     how many of them the public function returns.
+
+    `out` are the names of the results that the public function takes as `out=`, each like the first
+    argument, and `replaceable` those of the arguments that one of them may be.
     """
 
     def __init__(
@@ -166,10 +171,13 @@ class Op:
         backward: Callable[..., Any],
         saving: Callable[..., Any] | None = None,
         returns: int | None = None,
+        out: tuple[str, ...] = (),
+        replaceable: tuple[str, ...] = (),
     ) -> None:
         self.name = schema.partition("(")[0]
         self.reference = reference
         self.returns = returns
+        self.out, self.replaceable = out, replaceable
         definition = Definition(schema, saving or reference, fake)
         self.overload = definition.overload
         torch.library.register_autograd(
@@ -185,6 +193,7 @@ class Op:
         `checked`.
         """
         self.checks = checks
+        self.names = tuple(inspect.signature(checks).parameters)
 
         def decorate(function: Function) -> Function:
             self.signature = inspect.signature(function)
@@ -196,10 +205,10 @@ class Op:
         """The device type and the checked schema arguments of a call of the public function."""
         bound = self.signature.bind(*args, **kwargs)
         bound.apply_defaults()
-        schema_args = self.checks(**bound.arguments)
+        schema_args = self.checks(**{name: bound.arguments[name] for name in self.names})
         return schema_args[0].device.type, schema_args
 
-    def checked(self, *args: Any, known: bool = False) -> Any:
+    def checked(self, *args: Any, known: bool = False, out: Any = None) -> Any:
         """The public function's work, of schema arguments that nobody checked yet.
 
         `known` tells that a direct call did: all is in order, and only autograd has to see it. A
@@ -207,6 +216,8 @@ class Op:
         small one (diffusion_step at 1×4×32×32: 3.5 of 15 µs). Where it refuses, they tell what is
         wrong.
         """
+        if out is not None:
+            return self.into(out, args)
         if known:
             if args[0].numel() < backends.differentiated_from[self.name]:
                 return self.reference(*args)
@@ -224,6 +235,28 @@ class Op:
             except RuntimeError:
                 pass
         return self(*self.checks(*args))
+
+    def into(self, out: Any, args: tuple[Any, ...], wanted: int | None = None) -> Any:
+        """The public function's work into the tensors `out`, of arguments that nobody checked yet;
+        the first `wanted` of its results, None for all."""
+        schema_args = self.checks(*args)
+        outs = _results.given(out, self.out, wanted, schema_args[0])
+        every = (*schema_args, *outs)
+        if differentiates(every):
+            _results.refuse_gradients(self.name)
+        if _ordinary(every) and not args[0].is_meta:
+            inputs = dict(zip(self.names, args, strict=True))
+            _results.check_apart(self.out, outs, inputs, self.replaceable)
+            device = args[0].device.type
+            kernel = backends.select(self.name, device, schema_args)
+            if kernel is not None and kernel.takes_out and args[0].numel():
+                _results.note_written(outs)
+                run = functools.partial(kernel.run, out=outs if len(outs) > 1 else outs[0])
+                results = self._returned(_without_autocast(run, device, schema_args))
+                _results.copy_into(outs, results)
+                return outs if len(outs) > 1 else out
+        _results.copy_into(outs, self(*schema_args))
+        return outs if len(outs) > 1 else out
 
     def _run(self, kernel: backends.Kernel, device: str, args: tuple[Any, ...]) -> Any:
         """Of a call that only autograd may need to see."""

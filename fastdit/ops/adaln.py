@@ -70,6 +70,8 @@ _adaln = Op(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+    out=("y",),
+    replaceable=("x",),
 )
 
 
@@ -94,6 +96,7 @@ def adaln(
     bias: Tensor | None = None,
     norm: str = "layer",
     plus_one: bool = True,
+    out: Tensor | None = None,
 ) -> Tensor:
     """LN(x)·(1 + scale) + shift.
 
@@ -105,17 +108,22 @@ def adaln(
         weight, bias: `(D,)`, an affine normalisation's parameters, in `x`'s dtype.
         norm: `"layer"`, or `"rms"`: x / √(mean(x²) + eps).
         plus_one: False multiplies by `scale` instead of `1 + scale`.
+        out: a contiguous tensor for the result, where no gradient is wanted; `x` itself, or memory
+            of no input.
 
     Returns:
-        `(B, N, D)`, contiguous, in `x`'s dtype.
+        `(B, N, D)`, contiguous, in `x`'s dtype; `out` if it is given.
 
     Raises:
         ValueError, TypeError: an argument's shape, dtype, device or value, which is named.
+        RuntimeError: `out` is given and a gradient is wanted.
 
     Source: Peebles & Xie 2022, adaLN; the published code's `modulate(norm(x), shift, scale)`.
     """
-    args = x, shift, scale, weight, bias, eps, norm, plus_one
-    out = None if is_dynamo_compiling() else direct_calls["adaln"](*args)
-    if out is None or out is NotImplemented:
-        return _adaln.checked(*args, known=out is not None)
-    return out
+    done = None
+    if not is_dynamo_compiling():  # a tuple of the arguments would cost a tenth of a small call
+        done = direct_calls["adaln"](x, shift, scale, weight, bias, eps, norm, plus_one, out)
+    if done is None or done is NotImplemented:
+        args = x, shift, scale, weight, bias, eps, norm, plus_one
+        return _adaln.checked(*args, known=done is not None, out=out)
+    return done

@@ -41,6 +41,8 @@ _bias_gelu = Op(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+    out=("out",),
+    replaceable=("x",),
 )
 
 
@@ -53,22 +55,25 @@ def _arguments(x, bias):
 
 
 @_bias_gelu.public(_arguments)
-def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
+def bias_gelu(x: Tensor, bias: Tensor, *, out: Tensor | None = None) -> Tensor:
     """gelu_tanh(x + bias).
 
     Args:
         x: `(..., D)`.
         bias: `(D,)`; under autocast it may be of higher precision than `x`.
+        out: a contiguous tensor for the result, where no gradient is wanted; `x` itself, or memory
+            of no input.
 
     Returns:
-        `(..., D)`, contiguous, in `x`'s dtype.
+        `(..., D)`, contiguous, in `x`'s dtype; `out` if it is given.
 
     Raises:
         ValueError, TypeError: an argument's shape, dtype or device, which is named.
+        RuntimeError: `out` is given and a gradient is wanted.
 
     Source: Hendrycks & Gimpel 2016; `nn.GELU(approximate="tanh")` of the published MLP.
     """
-    out = None if is_dynamo_compiling() else direct_calls["bias_gelu"](x, bias)
-    if out is None or out is NotImplemented:
-        return _bias_gelu.checked(x, bias, known=out is not None)
-    return out
+    done = None if is_dynamo_compiling() else direct_calls["bias_gelu"](x, bias, out)
+    if done is None or done is NotImplemented:
+        return _bias_gelu.checked(x, bias, known=done is not None, out=out)
+    return done

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,6 +83,8 @@ _diffusion_step = Op(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+    out=("x'", "x0"),
+    replaceable=("x", "noise", "x0_previous"),
 )
 
 
@@ -199,7 +202,9 @@ def diffusion_step(
     learned_range: bool = False,
     guided_channels: int = 0,
     patch: int | Sequence[int] | None = None,
-) -> tuple[Tensor, Tensor]:
+    out: tuple[Tensor, Tensor | None] | None = None,
+    need_x0: bool = True,
+) -> tuple[Tensor, Any]:
     """One sampler update; the formula is at the top of this module.
 
     Args:
@@ -221,16 +226,41 @@ def diffusion_step(
             3 is the published choice. The scale is in the table.
         patch: the model's output is token rows in the order that `unpatchify` takes: patch size,
             one int or one for each of the one or two axes of `x` behind the channels.
+        out: contiguous tensors for the two results, where no gradient is wanted; each is `x`,
+            `noise` or `x0_previous` themselves, or memory of no input.
+        need_x0: False leaves x0 out: the second result, and that of `out`, is None.
 
     Returns:
-        `(x', x0)`, each like `x`, contiguous, in `x`'s dtype; the arithmetic is in float32 or
-        better.
+        `(x', x0)`, each like `x`, contiguous, in `x`'s dtype, the given tensors if there are; the
+        arithmetic is in float32 or better.
 
     Raises:
         ValueError, TypeError: an argument's shape, dtype, device or value, which is named.
+        RuntimeError: `out` is given and a gradient is wanted.
 
     Source: Ho et al. 2020, Song et al. 2021, Lu et al. 2022; the design of one table is fastdit's.
     """
+    results = None
+    if not is_dynamo_compiling():
+        results = direct_calls["diffusion_step"](
+            x,
+            model_output,
+            table,
+            step,
+            noise,
+            x0_previous,
+            clip,
+            learned_range,
+            guided_channels,
+            seed,
+            patch,
+            out,
+            need_x0,
+        )
+    if results is not None:
+        return results
+    if not isinstance(need_x0, bool):
+        _checks.fail("need_x0", repr(need_x0), "True or False")
     args = (
         x,
         model_output,
@@ -244,16 +274,16 @@ def diffusion_step(
         seed,
         patch,
     )
-    results = None if is_dynamo_compiling() else direct_calls["diffusion_step"](*args)
-    if results is not None:
-        return results
-    if (
-        isinstance(x, Tensor)
-        and isinstance(model_output, Tensor)
-        and isinstance(table, Tensor)
-        and isinstance(step, Tensor)
-        and not isinstance(seed, int)
-        and not isinstance(patch, int)
-    ):
+    if out is not None:
+        return _diffusion_step.into(out, args, wanted=2 if need_x0 else 1)
+    results = _results_of(*args)
+    return results if need_x0 else (results[0], None)
+
+
+def _results_of(*args):
+    """`checked`, where every argument is already of the type that the schema takes."""
+    x, model_output, table, step, *_rest, seed, patch = args
+    tensors = all(isinstance(value, Tensor) for value in (x, model_output, table, step))
+    if tensors and not isinstance(seed, int) and not isinstance(patch, int):
         return _diffusion_step.checked(*args)
     return _diffusion_step(*_arguments(*args))

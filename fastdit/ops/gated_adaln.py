@@ -70,6 +70,8 @@ _gated_adaln = Op(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+    out=("h", "out"),
+    replaceable=("x", "y"),
 )
 
 
@@ -96,6 +98,7 @@ def gated_adaln(
     bias: Tensor | None = None,
     norm: str = "layer",
     plus_one: bool = True,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`h = x + gate·y` and `adaln(h, shift, scale)`.
 
@@ -104,17 +107,23 @@ def gated_adaln(
         y: `(B, N, D)`, a branch's output; under autocast it may be of lower precision than `x`.
         gate: `(B, D)` per sample or `(B, N, D)` per token, any strides.
         shift, scale, eps, weight, bias, norm, plus_one: as in `adaln`.
+        out: contiguous tensors for the two results, where no gradient is wanted; each is `x` or `y`
+            themselves, or memory of no input. `(x, y)` needs no memory but theirs.
 
     Returns:
-        `(h, out)`, each `(B, N, D)`, contiguous, in `x`'s dtype.
+        `(h, out)`, each `(B, N, D)`, contiguous, in `x`'s dtype; the given tensors if there are.
 
     Raises:
         ValueError, TypeError: an argument's shape, dtype, device or value, which is named.
+        RuntimeError: `out` is given and a gradient is wanted.
 
     Source: Peebles & Xie 2022, adaLN-Zero.
     """
-    args = x, y, gate, shift, scale, weight, bias, eps, norm, plus_one
-    results = None if is_dynamo_compiling() else direct_calls["gated_adaln"](*args)
-    if results is None or results is NotImplemented:
-        return _gated_adaln.checked(*args, known=results is not None)
-    return results
+    done = None
+    if not is_dynamo_compiling():
+        call = direct_calls["gated_adaln"]
+        done = call(x, y, gate, shift, scale, weight, bias, eps, norm, plus_one, out)
+    if done is None or done is NotImplemented:
+        args = x, y, gate, shift, scale, weight, bias, eps, norm, plus_one
+        return _gated_adaln.checked(*args, known=done is not None, out=out)
+    return done

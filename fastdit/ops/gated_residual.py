@@ -43,6 +43,8 @@ _gated_residual = Op(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+    out=("h",),
+    replaceable=("x", "y"),
 )
 
 
@@ -61,23 +63,26 @@ def _arguments(x, y, gate):
 
 
 @_gated_residual.public(_arguments)
-def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+def gated_residual(x: Tensor, y: Tensor, gate: Tensor, *, out: Tensor | None = None) -> Tensor:
     """x + gate·y.
 
     Args:
         x: `(B, N, D)`, the residual stream.
         y: `(B, N, D)`, a branch's output; under autocast it may be of lower precision than `x`.
         gate: `(B, D)` per sample or `(B, N, D)` per token, any strides.
+        out: a contiguous tensor for the result, where no gradient is wanted; `x` or `y` themselves,
+            or memory of no input.
 
     Returns:
-        `(B, N, D)`, contiguous, in `x`'s dtype.
+        `(B, N, D)`, contiguous, in `x`'s dtype; `out` if it is given.
 
     Raises:
         ValueError, TypeError: an argument's shape, dtype or device, which is named.
+        RuntimeError: `out` is given and a gradient is wanted.
 
     Source: Peebles & Xie 2022, adaLN-Zero.
     """
-    out = None if is_dynamo_compiling() else direct_calls["gated_residual"](x, y, gate)
-    if out is None or out is NotImplemented:
-        return _gated_residual.checked(x, y, gate, known=out is not None)
-    return out
+    done = None if is_dynamo_compiling() else direct_calls["gated_residual"](x, y, gate, out)
+    if done is None or done is NotImplemented:
+        return _gated_residual.checked(x, y, gate, known=done is not None, out=out)
+    return done

@@ -30,6 +30,8 @@ from fastdit.reference.step import TABLE_COLUMNS, diffusion_step, diffusion_step
 from fastdit.reference.tokens import (
     bias_gelu,
     bias_gelu_backward,
+    glu,
+    glu_backward,
     patch_embed,
     patch_embed_backward,
     patchify,
@@ -54,6 +56,8 @@ __all__ = [
     "gated_adaln_saving",
     "gated_residual",
     "gated_residual_backward",
+    "glu",
+    "glu_backward",
     "guide",
     "patch_embed",
     "patch_embed_backward",

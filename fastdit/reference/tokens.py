@@ -1,6 +1,8 @@
-"""bias_gelu, and images as tokens: patch_embed, unpatchify."""
+"""bias_gelu and glu, and images as tokens: patch_embed, unpatchify."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,38 @@ def bias_gelu_backward(dout, x, bias):
     dx = torch.ops.aten.gelu_backward(exact(dout), exact(x) + exact(bias), approximate="tanh")
     dbias = dx.flatten(0, -2).sum(0)
     return dx.to(x.dtype).contiguous(), dbias.to(bias.dtype)
+
+
+# ---- glu: act(gate)·up --------------------------------------------------------------------------
+
+_gelu_tanh = partial(F.gelu, approximate="tanh")
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": _gelu_tanh}
+_ACTIVATION_GRADIENTS = {
+    "silu": torch.ops.aten.silu_backward,
+    "gelu": torch.ops.aten.gelu_backward,
+    "gelu_tanh": partial(torch.ops.aten.gelu_backward, approximate="tanh"),
+}
+
+
+def glu(x, up, bias, activation, gate_first):
+    biased = x if bias is None else (x + bias).to(x.dtype)
+    parts = biased.chunk(2, -1) if up is None else (x, up)
+    gate, value = parts if gate_first else parts[::-1]
+    return (ACTIVATIONS[activation](gate) * value).contiguous()
+
+
+def glu_backward(dout, x, up, bias, activation, gate_first):
+    biased, incoming = exact(x) if bias is None else exact(x) + exact(bias), exact(dout)
+    parts = biased.chunk(2, -1) if up is None else (biased, exact(up))
+    gate, value = parts if gate_first else parts[::-1]
+    dgate = _ACTIVATION_GRADIENTS[activation](incoming * value, gate)
+    gradients = dgate, incoming * ACTIVATIONS[activation](gate)
+    absent = dgate.new_empty(0)
+    if up is not None:
+        return *(g.to(x.dtype).contiguous() for g in gradients), absent
+    dx = torch.cat(gradients if gate_first else gradients[::-1], -1)
+    dbias = absent if bias is None else dx.flatten(0, -2).sum(0).to(bias.dtype)
+    return dx.to(x.dtype), absent, dbias
 
 
 # ---- patch_embed: a convolution whose stride is its kernel, + pos -------------------------------

@@ -4,7 +4,8 @@
 `diffusion.py` and `flow.py` a solver as a `fastdit.plan.Plan`, `presets.py` solvers by quality,
 `conditioning.py` what is computed before the first step, `run.py` the step, `graphs.py` its
 capture, `noise.py` the draws, `preview.py` what is seen on the way, `denoiser.py` the place where
-another forward replaces the model's, and `ahead.py` brings both to the published loops.
+another forward replaces the model's. `published.py` runs the published loops, and `ahead.py` finds
+the plain DiT in what they are called with.
 """
 
 from __future__ import annotations

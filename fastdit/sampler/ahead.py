@@ -1,97 +1,138 @@
-"""The published loops' model, with the conditioning of every step computed ahead.
+"""A loop's model, with the conditioning of every step computed ahead.
 
 A loop such as `p_sample_loop(model.forward_with_cfg, ..., model_kwargs={"y": y, "cfg_scale": 4.0})`
-calls the model once a step, with times that are known before the first and labels that never
+calls the model once a step, with times that are known before the first and conditions that never
 change. Where the model is a plain DiT its conditioning is therefore hoisted out of the loop, as
-`fastdit.Sampler` does, and the steps call the same forward; so are those of `fastdit.flow.Sampler`.
-Callbacks, noise and what a consumer does to the samples between the steps stay as they are: they
-never see the difference.
+`fastdit.Sampler` does, and the steps call the same forward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastdit.embeddings import LabelEmbedder
 from fastdit.model import DiT
 from fastdit.sampler.conditioning import Conditioning
-from fastdit.sampler.conditions import Conditions
-from fastdit.sampler.denoiser import denoiser, stand_in
+from fastdit.sampler.conditions import Conditions, grouped, unconditional
+from fastdit.sampler.denoiser import Denoiser, denoiser, stand_in
 
 BUDGET = 2**30
 _OPTIONS = {"forward": set(), "forward_with_cfg": {"cfg_scale", "guided_channels"}}
 
 
-class Ahead:
-    """A model that is called once for each of the times, in their order.
+class NotPlain(Exception):
+    """Why a model is called as it is in every step."""
 
-    Args:
-        call: of the model.
-        conditioning: the rows of all times.
-        places: `(B,)`, each row's condition; a call with fewer rows has the first ones.
-        options: what else the model is called with.
+
+@dataclass(frozen=True)
+class Ahead:
+    """A plain DiT as the engine calls it.
+
+    Attributes:
+        denoise: called as `denoise(x, t, y)` or `denoise(x, None, None, conditioning=rows)`.
+        conditions: of the rows of a step, or of those without the null half.
+        conditioning: the rows of all times; None where the budget does not hold one time's.
     """
 
-    def __init__(
+    denoise: Denoiser
+    conditions: Conditions
+    conditioning: Conditioning | None
+
+
+@dataclass(frozen=True)
+class PlainDiT:
+    """A DiT whose method is called in a loop with nothing else to it.
+
+    Attributes:
+        model: the DiT.
+        method: its name.
+        options: what the method is called with beside y.
+        y: `(B, ...)`, what all calls are conditioned on; None in a model without condition.
+    """
+
+    model: DiT
+    method: str
+    options: dict[str, Any]
+    y: Tensor | None
+
+    @torch.no_grad()
+    def ahead(
         self,
-        call: Callable[..., Tensor],
-        conditioning: Conditioning,
-        places: Tensor,
-        options: dict[str, Any],
-    ) -> None:
-        self.call, self.conditioning, self.places = call, conditioning, places
-        self.options, self.step = options, 0
+        x: Tensor,
+        times: Tensor,
+        *,
+        halves: bool = False,
+        padded: bool = False,
+        reuse: Sequence[Tensor] = (),
+    ) -> Ahead:
+        """The model with its conditioning computed.
 
-    def __call__(self, x: Tensor, _t: Tensor, **_kwargs: Any) -> Tensor:
-        held = self.conditioning
-        if not held.holds(self.step):
-            held.fill(self.step)
-        rows = held.table[self.step - held.start].index_select(0, self.places[: len(x)])
-        self.step += 1
-        return self.call(x, None, None, conditioning=rows, **self.options)
+        Args:
+            x: `(B, C, ...)`, what it will be called with.
+            times: `(E,)` on x's device, in their order.
+            halves: the second half of y is one null condition, and not of all steps.
+            padded, reuse: for a captured graph, see `conditions` and `Conditioning`.
+        """
+        if self.y is None:
+            given = unconditional(len(x), x.device)
+        elif halves:
+            given = grouped(self.y[: len(self.y) // 2], self.y[-1:], padded)
+        else:
+            given = grouped(self.y, None, padded)
+        forward = stand_in(self.model, None, None)
+        rows = Conditioning(forward, times, given, BUDGET, reuse)
+        if rows.steps:
+            rows.fill(0)
+        run = denoiser(self.model, forward, required=False)
+        call = run if self.method == "forward" else run.forward_with_cfg
+        call = functools.partial(call, **self.options) if self.options else call
+        return Ahead(call, given, rows if rows.steps else None)
 
 
-def _plain(model: Any, x: Tensor, kwargs: dict[str, Any]) -> tuple[DiT, str] | None:
-    """The DiT that `model` is, and its method, where calling it is that method and nothing else."""
-    owner = getattr(model, "__self__", model)
-    name = getattr(model, "__name__", "forward")
-    if type(owner) is not DiT or owner.training or "forward" in vars(owner):
-        return None
-    if name not in _OPTIONS or not _OPTIONS[name] | {"y"} >= kwargs.keys() >= {"y"}:
-        return None
-    if owner._forward_hooks or owner._forward_pre_hooks or torch.compiler.is_compiling():
-        return None
-    y = kwargs["y"]
-    ordinary = isinstance(y, Tensor) and y.dtype == torch.int64 and y.device == x.device
-    return (owner, name) if ordinary and y.shape == x.shape[:1] and not x.is_meta else None
-
-
-@torch.no_grad()
-def ahead(model: Any, x: Tensor, times: Tensor, model_kwargs: dict[str, Any] | None) -> Any:
-    """`model`, or the same with its conditioning computed ahead.
+def plain(model: Any, x: Tensor, model_kwargs: dict[str, Any] | None) -> PlainDiT:
+    """The DiT that `model` is, where calling it is one of its own methods and nothing else.
 
     Args:
         model: what a loop was given.
         x: `(B, C, ...)`, its start.
-        times: `(E,)`, what the model will be called with, in this order.
-        model_kwargs: what else.
+        model_kwargs: what the model is called with.
+
+    Raises:
+        NotPlain: it is something else; the message says what.
     """
     kwargs = dict(model_kwargs or {})
-    found = _plain(model, x, kwargs)
-    if found is None or not len(x):
-        return model
-    owner, name = found
-    distinct, places = kwargs.pop("y").unique(return_inverse=True)
-    if distinct[0] < 0 or distinct[-1] > owner.num_classes - (not owner.guidable):
-        return model  # which says what is wrong
-    forward = stand_in(owner, None, None)
-    given = Conditions(distinct, places, len(distinct))
-    rows = Conditioning(forward, times.to(x.device), given, BUDGET)
-    if not rows.steps:
-        return model
-    run = denoiser(owner, forward, required=False)
-    call = run if name == "forward" else run.forward_with_cfg
-    return Ahead(call, rows, places, kwargs)
+    if isinstance(model, functools.partial) and not model.args:
+        model, kwargs = model.func, {**model.keywords, **kwargs}
+    owner, method = getattr(model, "__self__", model), getattr(model, "__name__", "forward")
+    if type(owner) is not DiT:
+        raise NotPlain(f"the model is a {type(owner).__name__}, not a fastdit.DiT or its method")
+    if owner.training or "forward" in vars(owner) or method not in _OPTIONS:
+        raise NotPlain("the DiT is in training mode, or its forward is another")
+    if owner._forward_hooks or owner._forward_pre_hooks or torch.compiler.is_compiling():
+        raise NotPlain("the DiT has a forward hook, or torch.compile traces it")
+    y = kwargs.pop("y", None)
+    if not kwargs.keys() <= _OPTIONS[method]:
+        raise NotPlain(f"it is called with {', '.join(kwargs.keys() - _OPTIONS[method])}")
+    if x.is_meta or not len(x) or not _ordinary(owner, y, x):
+        raise NotPlain("its y is none that it has, or there are no samples")
+    return PlainDiT(owner, method, kwargs, y)
+
+
+def _ordinary(model: DiT, y: Any, x: Tensor) -> bool:
+    """Whether y is one of the model's conditions for each sample. Any other is left to the model,
+    which says what is wrong."""
+    if model.y_embedder is None:
+        return y is None
+    if not isinstance(y, Tensor) or y.device != x.device or len(y) != len(x):
+        return False
+    if not isinstance(model.y_embedder, LabelEmbedder):
+        return y.shape[1:] == (model.design.condition_dim,) and y.is_floating_point()
+    if y.dtype != torch.int64 or y.dim() != 1:
+        return False
+    return bool(y.min() >= 0) and bool(y.max() < model.num_classes + model.guidable)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.profiler import record_function
 
@@ -60,6 +61,15 @@ class Conditioning:
         """Whether this step's rows are in the table."""
         return self.start <= step < self.start + self.steps
 
+    def rows(self, step: int, places: Tensor) -> Tensor:
+        """`(B, W)`, a step's rows of the conditions at `places` `(B,)`."""
+        if not self.holds(step):
+            self.fill(step)
+        return self.table[step - self.start].index_select(0, places)
+
+    # A table may outlive the call that made it, and be written to outside its inference mode.
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def fill(self, step: int) -> None:
         """Hold the rows from `step` on."""
         times = self.times[step : step + self.steps]

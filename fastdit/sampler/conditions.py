@@ -83,13 +83,23 @@ def conditions(
     """
     given, samples = given_conditions(model, classes)
     if given is None:
-        return Conditions(None, torch.zeros(samples, dtype=torch.int64, device=device), 1)
-    distinct, places = given.to(device).unique(dim=0, return_inverse=True)
-    more = int(guided)
+        return unconditional(samples, device)
+    return grouped(given.to(device), model.null_condition(1) if guided else None, padded)
+
+
+def unconditional(samples: int, device: torch.device) -> Conditions:
+    """Of a model without condition."""
+    return Conditions(None, torch.zeros(samples, dtype=torch.int64, device=device), 1)
+
+
+def grouped(y: Tensor, null: Tensor | None, padded: bool) -> Conditions:
+    """The distinct ones of `(B, ...)` y, behind them `null` `(1, ...)` if there is one; filled up
+    to a power of two if `padded`."""
+    distinct, places = y.unique(dim=0, return_inverse=True)
+    more = int(null is not None)
     if padded:
         more = (1 << (len(distinct) + more - 1).bit_length()) - len(distinct)
     if more:
-        last = model.null_condition(1) if guided else distinct[-1:]
-        filling = last.expand(more, *last.shape[1:]).to(distinct)
-        distinct = torch.cat([distinct, filling])
+        last = distinct[-1:] if null is None else null
+        distinct = torch.cat([distinct, last.expand(more, *last.shape[1:]).to(distinct)])
     return Conditions(distinct, places, len(distinct))

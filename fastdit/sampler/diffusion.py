@@ -50,5 +50,6 @@ def diffusion_plan(
         multistep=solver == "dpm++" and order == 2,
         draws=(solver != "dpm++",) * len(times),
         noisy=solver == "ddpm" or eta != 0,
+        draws_last=True,
         learned_range=solver == "ddpm" and diffusion.learns_variance,
     )

@@ -4,25 +4,24 @@ A step is the model on B rows, or 2B where it is guided, and one call of `diffus
 reads its row of the table, guides, predicts, draws seeded noise and updates. Where a solver adds
 noise before the model is called, that is a call of the same op. Nothing in a step depends on a
 value on the host: its index is on the device, so that a CUDA graph of one step replays for all of
-its kind.
+its kind (`fastdit.sampler.graphs`).
 
-This is the one loop of all solvers. `fastdit.Sampler` runs a DiT through it, and
-`fastdit.flow.Sampler` whatever is called like a model.
-
-Eagerly, a step reads its conditioning as a view and its result becomes the next x. Captured, it
-must read and write where the capture did: the rows are gathered by the index on the device, and x
-and x0 copied back. Launches of a captured step beside the model's: the rows, x twice over, the
-noise, its update where it comes first, the update, x, x0 (2M and Heun only), the index.
+This is the one loop of all solvers, `for step in run`: `fastdit.Sampler` runs a DiT through it, the
+published loops and `fastdit.flow.Sampler` whatever is called like a model.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastdit import ops
+from fastdit.ops._checks import described, fail
 from fastdit.plan import Kind, Plan
 from fastdit.sampler.conditioning import Conditioning
 from fastdit.sampler.conditions import Conditions
@@ -53,7 +52,32 @@ class Recipe:
     clip: float | None = None
 
 
-class Run:
+class Loop(ABC):
+    """Steps in their order; iterating takes them and yields the index of each when it is done."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def advance(self, step: int) -> None:
+        """Take a step; `step` is its index."""
+
+    @abstractmethod
+    def result(self) -> dict[str, Tensor]:
+        """`sample` and `pred_xstart` after the last step taken; they stay as they are."""
+
+    @abstractmethod
+    def resume(self, result: dict[str, Tensor]) -> None:
+        """Go on from a `result`, which may have been changed."""
+
+    def __iter__(self) -> Iterator[int]:
+        for step in range(len(self)):
+            with torch.no_grad():
+                self.advance(step)
+            yield step
+
+
+class Run(Loop):
     """A chunk's state.
 
     Args:
@@ -61,7 +85,7 @@ class Run:
         x: `(B, C, ...)`, the start noise.
         conditions: the call's, with the places of this chunk's samples.
         seeds: `(B,)` int64, in a seeded run.
-        captured: steps write where they read, as a CUDA graph needs.
+        conditioning: the rows of the call; None leaves them to the model.
 
     Attributes:
         x: the samples.
@@ -74,66 +98,35 @@ class Run:
         recipe: Recipe,
         x: Tensor,
         conditions: Conditions,
-        seeds: Tensor | None,
-        captured: bool,
+        seeds: Tensor | None = None,
+        conditioning: Conditioning | None = None,
     ) -> None:
-        self.recipe, self.captured = recipe, captured
+        self.recipe, self.conditioning = recipe, conditioning
         self.x, self.conditions, self.seeds = x, conditions, seeds
         self.q, self.seen = torch.zeros_like(x), x
         places = conditions.places
         null = torch.full_like(places, conditions.count - 1)
         self.places = {False: places, True: torch.cat([places, null])}
-        # On the device: the step's row, the row of the noise before it, then the conditioning row
-        # of every sample and its null.
-        first = places.new_tensor([0, len(recipe.plan) + 1])
-        self.cursor = torch.cat([first, self.places[True]])
-        ones = torch.ones_like(first)
-        self.stride = torch.cat([ones, torch.full_like(self.places[True], conditions.count)])
-        self.first, self.rows = first, torch.arange(len(recipe.table), device=x.device).unbind()
-        self.conditioning: Conditioning | None = None
+        self.rows = torch.arange(len(recipe.table), device=x.device).unbind()
 
-    def start(self, x: Tensor, conditions: Conditions, seeds: Tensor | None) -> None:
-        """Begin again with another chunk of the same shape, in the same tensors."""
-        self.x.copy_(x)
-        self.q.zero_()
-        if self.conditions.y is not None:
-            self.conditions.y.copy_(conditions.y)
-        places = conditions.places
-        self.places[False].copy_(places)
-        self.places[True][: len(places)].copy_(places)
-        self.cursor[:2].copy_(self.first)
-        self._first_rows()
-        if self.seeds is not None:
-            self.seeds.copy_(seeds)
-
-    def hold(self, conditioning: Conditioning | None, step: int) -> None:
-        """See to it that the step's conditioning rows are there. Not part of a captured step."""
-        self.conditioning = conditioning
-        if conditioning is None:
-            return
-        if not conditioning.holds(step):
-            conditioning.fill(step)
-        if self.captured and step == conditioning.start:
-            self._first_rows()
-
-    def _first_rows(self) -> None:
-        self.cursor[2:].copy_(self.places[True])
+    def __len__(self) -> int:
+        return len(self.recipe.plan)
 
     def advance(self, step: int) -> None:
-        """An eager step; `step` is its index."""
         plan = self.recipe.plan
         before = self.rows[len(plan) + 1 + step] if plan.noise_before is not None else None
         self.x, self.q = self._evaluate(plan.kind(step), self.rows[step], before, step)
 
-    def advance_captured(self, kind: Kind) -> None:
-        """The step that a graph captures: its rows are in `cursor`."""
-        x, q = self._evaluate(kind, self.cursor[0], self.cursor[1], None)
-        self.x.copy_(x)
-        if self.recipe.plan.multistep:
-            self.q.copy_(q)
-        else:
-            self.q = q
-        self.cursor.add_(self.stride)
+    def result(self) -> dict[str, Tensor]:
+        return {"sample": self.x, "pred_xstart": self.q}
+
+    def resume(self, result: dict[str, Tensor]) -> None:
+        self.x, self.q = self._resumable(result["sample"]), result["pred_xstart"]
+
+    def _resumable(self, x: Any) -> Tensor:
+        if not isinstance(x, Tensor) or x.shape != self.x.shape or x.device != self.x.device:
+            fail("sample", described(x), f"{tuple(self.x.shape)} on {self.x.device}, as it was")
+        return x
 
     def predicted(self, step: int) -> Tensor:
         """What the step just done predicts the data to be, in the tensors that it has now."""
@@ -148,14 +141,14 @@ class Run:
     ) -> tuple[Tensor, Tensor]:
         """x and q after a row of the table; `before` is the row of the noise that it wants in x."""
         recipe, plan, x = self.recipe, self.recipe.plan, self.x
-        drawn = recipe.draw(x) if kind.draws and recipe.draw is not None else None
-        used = kind.draws and plan.noisy
-        noise = {"noise": drawn, "seed": self.seeds} if used else {}
-        if used and plan.noise_before is not None:
+        noise = {} if plan.draws_last else self._noise(kind)
+        if noise and plan.noise_before is not None:
             x, _ = ops.diffusion_step(x, x, recipe.table, before, **noise)
             noise = {}
         self.seen = x
         output = self._denoise(torch.cat([x, x]) if kind.guided else x, kind.guided, index, step)
+        if plan.draws_last:
+            noise = self._noise(kind)
         return ops.diffusion_step(
             x,
             output,
@@ -168,14 +161,20 @@ class Run:
             guided_channels=recipe.guided_channels if kind.guided else 0,
         )
 
+    def _noise(self, kind: Kind) -> dict[str, Any]:
+        """What the op takes for a row's noise; as published, what is not used is drawn too."""
+        if not kind.draws:
+            return {}
+        drawn = None if self.recipe.draw is None else self.recipe.draw(self.x)
+        return {"noise": drawn, "seed": self.seeds} if self.recipe.plan.noisy else {}
+
     def _denoise(self, x: Tensor, guided: bool, index: Tensor, step: int | None) -> Tensor:
         denoise, places = self.recipe.denoise, self.places[guided]
         if self.conditioning is None:
-            t = self.recipe.times.index_select(0, index.reshape(1)).expand(len(x))
+            t = self.recipe.times.index_select(0, index.expand(len(x)))
             return denoise(x, t, self.conditions.select(places))
-        held = self.conditioning.table
-        if step is None:
-            rows = held.flatten(0, 1).index_select(0, self.cursor[2 : 2 + len(places)])
-        else:
-            rows = held[step - self.conditioning.start].index_select(0, places)
-        return denoise(x, None, None, conditioning=rows)
+        return denoise(x, None, None, conditioning=self._rows(places, step))
+
+    def _rows(self, places: Tensor, step: int | None) -> Tensor:
+        """The conditioning rows of a step."""
+        return self.conditioning.rows(step, places)

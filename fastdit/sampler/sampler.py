@@ -10,6 +10,7 @@ update, without a host sync, and on a GPU the replay of one CUDA graph.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -29,7 +30,7 @@ from fastdit.sampler import graphs, options
 from fastdit.sampler.conditioning import Conditioning
 from fastdit.sampler.conditions import Classes, Conditions, conditions
 from fastdit.sampler.denoiser import denoiser, stand_in
-from fastdit.sampler.graphs import CapturedRun, Captures
+from fastdit.sampler.graphs import Captures
 from fastdit.sampler.noise import published_draw, sample_seeds
 from fastdit.sampler.preview import Preview, preview_of, progress_bar
 from fastdit.sampler.run import Recipe, Run
@@ -153,7 +154,8 @@ class Sampler:
         finished = []
         chunks = self._chunks(classes if isinstance(classes, int) else len(classes))
         with progress_bar(progress, len(chunks) * len(self.plan)) as advanced:
-            for part, step, run in self._advance(classes, seed, noise, callback is not None):
+            previews = callback is not None
+            for part, step, run in self._advance(classes, seed, noise, previews):
                 if callback is not None and self.plan.ends[step]:
                     callback(preview_of(run, step, part))
                 if step == len(self.plan) - 1:
@@ -234,38 +236,22 @@ class Sampler:
                     x = self.start_noise(part.stop - part.start, own)
                 else:
                     x = noise[part].to(dtype)
-                chunk = (x.contiguous(), replace(given, places=given.places[part]), own)
-                run, mover = self._begin(recipe, chunk, conditioning, captured)
-            for step in range(len(self.plan)):
-                with torch.no_grad():
-                    before = run.x.clone() if previews and captured else None
-                    run.hold(conditioning, step)
-                    mover.advance(step)
-                    if before is not None and run.seen is run.x:
-                        run.seen = before  # a captured step has written over it
-                yield part, step, run
+            others = (replace(given, places=given.places[part]), own, conditioning)
+            with self._begun(captured, previews, recipe, x.contiguous(), *others) as run:
+                for step in run:
+                    yield part, step, run
 
-    def _begin(
-        self, recipe: Recipe, chunk: tuple, conditioning: Conditioning | None, captured: bool
-    ) -> tuple[Run, Run | CapturedRun]:
-        """A chunk's run, and what moves it."""
+    @contextlib.contextmanager
+    def _begun(self, captured: bool, previews: bool, *chunk: Any) -> Iterator[Run]:
+        """A chunk's run, before its first step."""
         if not captured:
-            run = Run(recipe, *chunk, captured=False)
-            return run, run
-        x, given, seeds = chunk
-        rows = None if conditioning is None else conditioning.table.data_ptr()
-        key = (x.shape, x.dtype, given.count, seeds is None, rows)
-
-        def fresh() -> Run:
-            y = None if given.y is None else given.y.clone()
-            own = Conditions(y, given.places.clone(), given.count)
-            own_seeds = None if seeds is None else seeds.clone()
-            return Run(recipe, x.clone(), own, own_seeds, captured=True)
-
-        captured_run, new = self._captures.get(key, fresh)
-        if not new:
-            captured_run.run.start(*chunk)
-        return captured_run.run, captured_run
+            with torch.no_grad():
+                run = Run(*chunk)
+            yield run
+            return
+        with self._captures.run(None, *chunk) as captured_run:
+            captured_run.keeps_seen = previews
+            yield captured_run
 
     def _conditioning(self, times: Tensor, given: Conditions) -> Conditioning | None:
         """The rows of the call, or None where the model computes its own in each step."""
@@ -287,10 +273,10 @@ class Sampler:
 
     def _captured(self, device: torch.device) -> bool:
         """Whether steps are replayed from CUDA graphs."""
-        possible = graphs.capturable(device)
-        if self.graph and not possible:
-            fail("graph", True, f"False or None for a model on {device}")
-        captured = possible if self.graph is None else self.graph
+        why = graphs.unfit(self.model, device)
+        if self.graph and why is not None:
+            fail("graph", True, f"False or None: {why}")
+        captured = why is None and self.graph is not False
         if captured:
             self._captures.check(graphs.parameter_storage(self.model))
         return captured

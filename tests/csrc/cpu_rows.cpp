@@ -13,12 +13,14 @@
 #include <memory>
 #include <string>
 #include <thread>
+#include <tuple>
 #include <vector>
 
 #include "cpu/isa/adaln.cpp"
 #include "cpu/isa/adaln_backward.cpp"
 #include "cpu/isa/bias_gelu.cpp"
 #include "cpu/isa/gated_residual.cpp"
+#include "cpu/isa/glu.cpp"
 #include "cpu/isa/reduce.cpp"
 
 namespace isa = fastdit::FASTDIT_ISA;
@@ -163,6 +165,31 @@ int bias_gelu(int64_t piece) {
                });
 }
 
+// Gate and up side by side, the gate second with option 4; biases unless 8; sums unless 16; the
+// activation is what options leave over three.
+int glu(int64_t piece) {
+  const int64_t all = batch * tokens, size = all * width, row = 2 * width + gap;
+  const auto halves = [=](void* data, int64_t stride) {
+    Strided first{data, stride}, second{static_cast<char*>(data) + width * bytes(x_type), stride};
+    return has(4) ? std::pair(second, first) : std::pair(first, second);
+  };
+  Glu a;
+  std::tie(a.gate, a.up) = halves(tensor(all * row - gap, x_type), row);
+  std::tie(a.dgate, a.dup) = halves(tensor(2 * size, x_type), 2 * width);
+  a.dout = tensor(size, x_type), a.out = tensor(size, x_type);
+  a.type = x_type, a.width = width, a.activation = Activation(options % 3);
+  if (!has(8)) a.gate_bias = modulation(false), a.up_bias = modulation(false);
+  float* sums = has(16) ? nullptr : floats(scratch_row(width) + width);
+  const int64_t spare = scratch_row(width) + width;
+  in_pieces(all, all, spare, [=](int64_t, int64_t end, float* scratch) {
+    isa::glu_backward_rows(a, 0, end, sums, scratch);
+  });
+  return twice({{a.out, size * bytes(x_type)}}, all, piece, spare,
+               [=](int64_t begin, int64_t end, float* scratch) {
+                 isa::glu_rows(a, begin, end, scratch);
+               });
+}
+
 int gated_residual(int64_t piece) {
   const int64_t all = batch * tokens, size = all * width;
   GatedResidual a;
@@ -187,6 +214,7 @@ int run(const std::string& op, int64_t piece) {
   if (op == "adaln") return adaln(false, piece) + adaln_backward(false);
   if (op == "gated_adaln") return adaln(true, piece) + adaln_backward(true);
   if (op == "bias_gelu") return bias_gelu(piece);
+  if (op == "glu") return glu(piece);
   if (op == "gated_residual") return gated_residual(piece);
   return 2;
 }

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 KERNELS = sorted(path.name for path in (compilers.CSRC / "cpu/isa").glob("*.cpp"))
-OPS = ("adaln", "gated_adaln", "bias_gelu", "gated_residual")
+OPS = ("adaln", "gated_adaln", "bias_gelu", "glu", "gated_residual")
 FLAGS = (*compilers.SANITIZERS, *compilers.QUICK)
 
 # <op> <seed> <batch> <tokens> <width> <types of x, y, modulation> <gap between rows> <options>

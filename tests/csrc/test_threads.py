@@ -24,7 +24,9 @@ FLAGS = ("-fsanitize=thread", "-fPIC", "-Wno-error", *compilers.QUICK, *sources.
 FORWARD = re.compile(r"forward.*\.cpp|gemm.*\.cpp|isa\.cpp|thread_pool\.cpp")
 # What the system's loader does with thread_local memory of a library.
 SUPPRESSED = "race:_dl_deallocate_tls\nrace:allocate_dtv_entry\n"
-SHARED = ("forward", "forward_conditioning", "forward_pack")
+SHARED = ("forward_conditioning", "forward_pack")  # by items that no pool can make overlap
+SAME = ("forward_labelled", "diffusion_step_into")  # ops of one kernel: it is reported once
+FORWARDS = ("forward", "forward_labelled", *SHARED)
 
 
 def headers(name: str, end: str = "end") -> Path:
@@ -120,7 +122,7 @@ def test_the_native_forward_has_no_race():
     races, broken, _, said = reports(
         library(("baseline",), FORWARD, headers("shares")), ("forward",)
     )
-    assert set(races) == set(SHARED)
+    assert set(races) == set(FORWARDS)
     assert not races.total(), said
     assert broken["forward"]
 
@@ -135,7 +137,7 @@ def test_no_kernel_has_a_race(isa):
     races, broken, kernels, said = reports(built, groups, isa)
     assert set(races) == kernels
     assert not races.total(), said
-    assert {name for name, count in broken.items() if count} == kernels - set(SHARED[1:])
+    assert {name for name in broken if broken[name]} >= kernels - {*SHARED, *SAME}
 
 
 @pytest.mark.slow  # compiles the forward again: 10 s
@@ -143,4 +145,4 @@ def test_a_share_that_is_too_large_is_a_race():
     """With the forward's `shared` broken in a copy, every one of its ops tells."""
     broken = headers("broken", "std::min(count, end + 1)")
     races, *_ = reports(library(("baseline",), FORWARD, broken), ("forward",))
-    assert all(races[name] for name in SHARED), races
+    assert all(races[name] for name in FORWARDS if name not in SAME), races

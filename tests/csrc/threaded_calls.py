@@ -51,6 +51,10 @@ def row_calls() -> Calls:
             yield "gated_adaln_backward", lambda a=back: op.gated_adaln_backward(*a)
             back = (dout, y, gate)
             yield "gated_residual_backward", lambda a=back: op.gated_residual_backward(*a)
+        halves = (random(200, dtype=dtype), "silu", True)
+        up = random(3, 40, 200, dtype=dtype)
+        yield "glu", lambda a=(up, None, *halves): op.glu(*a)
+        yield "glu_backward", lambda a=(x, up, None, *halves): op.glu_backward(*a)
         yield "bias_gelu", lambda a=(x, bias): op.bias_gelu(*a)
         yield "bias_gelu_backward", lambda a=(dout, x, bias): op.bias_gelu_backward(*a)
 
@@ -84,7 +88,9 @@ def step_calls() -> Calls:
         given = (x, image, table, step, noise, *guided, None, None)
         drawn = (x, rows, table, step, None, *guided, torch.tensor(7), [2, 2])
         for call in (given, drawn):
+            into = (*call, torch.empty_like(x), torch.empty_like(x))
             yield "diffusion_step", lambda a=call: op.diffusion_step(*a)
+            yield "diffusion_step_into", lambda a=into: op.diffusion_step_into(*a)
 
 
 def forward_calls() -> Calls:
@@ -97,15 +103,16 @@ def forward_calls() -> Calls:
             rows = random(batch, sum(run.model.rows_widths))
             yield "forward_conditioning", lambda run=run, a=(t, y): run.conditioning(*a)
             yield "forward", lambda run=run, a=(x, rows): run.parts(*a)
-        yield "forward", lambda run=run, a=(x, t, y): from_two_threads(lambda: run(*a))
+            yield "forward_labelled", lambda run=run, a=(x, t, y): run(*a)
+        yield "forward_labelled", lambda run=run, a=(x, t, y): from_two_threads(lambda: run(*a))
 
 
 def small_forward() -> tuple[str, Callable[[], object]]:
     """A sample a thread: in the layers no piece can overlap, since threads take what is left. It is
     small because each of its races is reported."""
     run = NativeForward(small(input_size=8, depth=1))
-    x, t, y = inputs(run.model, THREADS)
-    return "forward", lambda: run(x, t, y)
+    x, rows = inputs(run.model, THREADS)[0], random(THREADS, sum(run.model.rows_widths))
+    return "forward", lambda: run(x, None, None, conditioning=rows)
 
 
 def direct_calls() -> Calls:

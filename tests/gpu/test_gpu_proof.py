@@ -30,6 +30,10 @@ def test_every_op_has_a_workload_whose_traffic_is_the_designs(calls):
         "forward": 2 * 4 * stream + 4 * 384 * 2,
         "backward": 3 * 4 * stream + 2 * 4 * 384 * 2,
     }
+    assert least["glu"] == {  # packed, with a bias: two thirds of four times the width
+        "forward": 3 * 2 * 16 * 1024 * 2 + 2048 * 2,
+        "backward": 5 * 2 * 16 * 1024 * 2 + 2 * 2048 * 2,
+    }
     assert least["unpatchify"] == {"forward": 2 * 2 * 8 * 64 * 2, "backward": 2 * 2 * 8 * 64 * 2}
     assert "backward" not in least["diffusion_step"]
     with pytest.raises(ValueError, match="size: got 'XS', allowed are S, B, L, XL"):

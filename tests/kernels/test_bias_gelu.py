@@ -240,6 +240,10 @@ def test_the_op_runs_the_kernels():
         assert set(report.values()) == {"SUCCESS"}
         with pytest.raises(fastdit.BackendError, match="x is float64, the Triton kernels take"):
             fastdit.ops.bias_gelu(x.double(), bias.double())
+        with torch.no_grad():
+            own, want = x.clone(), fastdit.ops.bias_gelu(x, bias)
+            assert fastdit.ops.bias_gelu(own, bias, out=own) is own
+            assert torch.equal(own, want)
     with fastdit.backend("reference"):
         a, b = x.detach().requires_grad_(), bias.detach().requires_grad_()
         fastdit.ops.bias_gelu(a, b).square().sum().backward()

@@ -3,6 +3,7 @@ touches nothing but the device."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from typing import Any
@@ -22,13 +23,16 @@ from fastdit.sampler.conditioning import Conditioning
 from fastdit.sampler.conditions import Conditions
 from fastdit.sampler.diffusion import diffusion_plan
 from fastdit.sampler.flow import FLOW_SOLVERS, flow_plan
+from fastdit.sampler.graphs import CapturedRun
 from fastdit.sampler.noise import published_draw
-from fastdit.sampler.run import Recipe, Run
+from fastdit.sampler.published import Published
+from fastdit.sampler.run import Recipe
 from fastdit.testing import count_traffic
 from fastdit.testing.counting import Cost
 
 BATCH, STEPS, LABELS = 32, 250, 5
 LAUNCHES = 235  # model, guidance and update; eager PyTorch's model alone is 614
+PUBLISHED_LAUNCHES = 239  # five more: `forward_with_cfg` guides in eager PyTorch
 HAS_CUDA = torch.backends.cuda.is_built()
 DEVICES = [
     "cpu",
@@ -97,7 +101,7 @@ def guided_plan(solver: str) -> Plan:
     return plan.with_guidance(4.0, None)
 
 
-def captured_run(dit, device: str, plan: Plan, seeded: bool, hoisted: bool = True) -> Run:
+def captured_run(dit, device: str, plan: Plan, seeded: bool, hoisted: bool = True) -> CapturedRun:
     """A chunk's static tensors, as `Sampler` makes them, by shape only."""
 
     def ints(*shape: int) -> torch.Tensor:
@@ -110,12 +114,12 @@ def captured_run(dit, device: str, plan: Plan, seeded: bool, hoisted: bool = Tru
     x = torch.empty(BATCH, 4, 32, 32, dtype=torch.bfloat16, device=device)
     seeds = ints(BATCH) if seeded else None
     given = Conditions(ints(LABELS), ints(BATCH), LABELS)
-    run = Run(recipe, x, given, seeds, captured=True)
+    conditioning = None
     if hoisted:
-        run.conditioning = Conditioning.__new__(Conditioning)
+        conditioning = Conditioning.__new__(Conditioning)
         width = (6 * len(dit.blocks) + 2) * 1152
-        run.conditioning.table = torch.empty(len(plan), LABELS, width, dtype=x.dtype, device=device)
-    return run
+        conditioning.table = torch.empty(len(plan), LABELS, width, dtype=x.dtype, device=device)
+    return CapturedRun(recipe, x, given, seeds, conditioning)
 
 
 @pytest.mark.parametrize(
@@ -146,6 +150,56 @@ def test_a_step_stays_on_its_device_and_reads_no_value(fake, solver, seeded, hoi
             for guided, draws in itertools.product((True, False), repeat=2):
                 run.advance_captured(Kind(guided, draws))
     assert only.ops > 60
+
+
+def test_launches_of_a_published_loops_step(xl):
+    mode, dit, device = xl
+    counts, plan, diffusion = Counts(), guided_plan("ddpm"), fastdit.create_diffusion("2")
+    counts.costs["fastdit::diffusion_step"] = lambda *_args: Cost(1, 0, 0)
+    with mode, torch.no_grad(), opaque_ops(device):
+        run = published_run(dit, device, plan, diffusion)
+        with count_traffic(counts.costs) as traffic:
+            run.advance_captured(Kind(guided=False, draws=True))
+    launched = traffic.total_launches + counts.launches()
+    assert launched <= PUBLISHED_LAUNCHES
+
+
+def published_run(dit, device: str, plan: Plan, diffusion) -> CapturedRun:
+    """What `p_sample_loop(dit.forward_with_cfg, ...)` captures, by shape only."""
+    run = captured_run(dit, device, plan, seeded=False)
+    guided = functools.partial(dit.forward_with_cfg, cfg_scale=4.0)
+    asked = Published(diffusion, "ddpm", guided, run.x)
+    recipe = dataclasses.replace(
+        run.recipe, denoise=asked.checked(guided), draw=torch.randn_like, clip=None
+    )
+    return CapturedRun(recipe, run.x, run.conditions, None, run.conditioning)
+
+
+@pytest.mark.parametrize("hook", ["none", "denoised_fn", "cond_fn"])
+@pytest.mark.parametrize("solver", ["p", "ddim", "dpm_solver"])
+def test_a_step_of_a_published_loop_stays_on_its_device_and_reads_no_value(fake, solver, hook):
+    """After the first two, before which tables and times are copied there: that of order 2 before
+    the second."""
+    mode, dit, device = fake
+    if device == "cpu" and hook != "none":
+        pytest.skip("the diffusion's own steps check the timesteps' range on CPUs")
+    hooks = {"denoised_fn": torch.tanh, "cond_fn": lambda x, _t, **_kwargs: -x}
+    diffusion = fastdit.create_diffusion("5")
+    mode.allow_non_fake_inputs = True  # the tables on the host
+    with mode, opaque_ops(device):
+        x = torch.empty(4, 4, 32, 32, dtype=torch.bfloat16, device=device)
+        y = torch.empty(4, dtype=torch.int64, device=device)
+        steps = getattr(diffusion, f"{solver}_sample_loop_progressive")(
+            lambda x, t, **kwargs: dit.forward_with_cfg(x, t, **kwargs),
+            x.shape,
+            x,
+            model_kwargs={"y": y, "cfg_scale": 4.0},
+            **{hook: hooks[hook] for hook in hooks.keys() & {hook}},
+        )
+        next(steps), next(steps)
+        with OnlyDevice(device) as only:
+            assert len(list(steps)) == 3
+    assert only.ops > 3 * 60
 
 
 def test_the_guard_sees_a_copy_and_a_read(fake):

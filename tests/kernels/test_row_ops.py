@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 
 import fastdit
 from fastdit import backends, reference
-from fastdit.kernels import gated_residual, registry, slot_sums
+from fastdit.kernels import gated_residual, launch, registry, slot_sums, tuning
 from fastdit.testing import VirtualGPU, inspect
 
 every_op = pytest.mark.parametrize("op", OPS)
@@ -49,7 +50,7 @@ def test_the_registry_registers_them_for_cuda():
 def test_a_block_runs_forward_and_backward_on_the_kernels(gpu):
     inputs = block_inputs()
     (out,), gradients = run(block, inputs, 1)
-    names = [launch.name for launch in gpu.launches]
+    names = [ran.name for ran in gpu.launches]
     assert names == [
         "adaln_kernel",
         "gated_adaln_kernel",
@@ -97,9 +98,38 @@ def test_autocast_leaves_the_stream_in_float32(gpu):
         shift, scale, gate, _ = low[1].chunk(4, -1)
         h, out = fastdit.ops.gated_adaln(x, low[0], gate, shift, scale)
     assert h.dtype == out.dtype == torch.float32
-    assert [launch.name for launch in gpu.launches] == ["gated_adaln_kernel"]
+    assert [ran.name for ran in gpu.launches] == ["gated_adaln_kernel"]
     dx, dy, dprojection = torch.autograd.grad((h * out).sum(), (x, low[0], low[1]))
     assert (dx.dtype, dy.dtype, dprojection.dtype) == (torch.float32, *[torch.bfloat16] * 2)
+
+
+@every_op
+@pytest.mark.parametrize("tuned", [False, True])
+@pytest.mark.parametrize("replaced", [False, True])
+def test_given_tensors_are_what_the_kernel_writes(gpu, op, replaced, tuned, monkeypatch):
+    """x and y themselves too; but copies, where a launch is repeated to be timed."""
+    x, y, gate = (t.detach() for t in SMALL.arguments("gated_residual", torch.float32))
+    rest = {"adaln": (gate, gate), "gated_residual": (y, gate), "gated_adaln": (y, gate, gate)}
+    call = getattr(fastdit.ops, op)
+    want = call(x, *rest[op])
+    outs = (x, y)[: OPS[op]] if replaced else [torch.full_like(x, torch.nan)] * OPS[op]
+    outs = tuple(outs) if replaced else tuple(out.clone() for out in outs)
+    monkeypatch.setitem(tuning._state, "enabled", tuned)
+    made = []
+
+    def counted(*args, **kwargs):
+        made.append(args)
+        return torch.zeros(*args, **kwargs)
+
+    monkeypatch.setattr(launch.torch, "empty", counted)
+    with contextlib.nullcontext() if not tuned else pytest.warns(RuntimeWarning, match="no GPU"):
+        got = call(x, *rest[op], out=outs if OPS[op] == 2 else outs[0])
+    assert len(gpu.launches) == 2
+    assert len(made) == tuned * OPS[op]
+    pairs = zip(*((r,) if isinstance(r, Tensor) else r for r in (got, want, outs)), strict=False)
+    for g, w, out in pairs:
+        assert g is out
+        assert torch.equal(g, w)
 
 
 @every_op
@@ -193,7 +223,7 @@ def test_launchers_read_nothing_on_the_host(op, name):
         saved = (saved,) if op == "gated_residual" else saved
         gradients = backward.run(*backward_arguments(op, arguments, saved))
     assert len(gpu.launches) == 3 - (name == "per token")
-    assert all(inspect(launch).spills == 0 for launch in gpu.launches)
+    assert all(inspect(ran).spills == 0 for ran in gpu.launches)
     inputs = arguments[op == "gated_residual" :]  # whose dx is dout
     for gradient, tensor in zip(gradients, inputs, strict=False):
         if tensor is None:
@@ -209,7 +239,7 @@ def test_many_slots_are_summed_in_rounds():
     gate = torch.randn(1, 8, generator=generator)
     with VirtualGPU("sm_90") as gpu:
         dy, dgate = gated_residual.gated_residual_backward(dout, y, gate)
-    assert [launch.grid[0] for launch in gpu.launches] == [75, 1]
+    assert [ran.grid[0] for ran in gpu.launches] == [75, 1]
     assert slot_sums.FINISH.slots == 64
     truth = reference.gated_residual_backward(dout.double(), y.double(), gate.double())
     assert error(dy, truth[0]) <= 1e-6

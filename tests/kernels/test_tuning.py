@@ -20,6 +20,7 @@ from fastdit.kernels import (
     bias_gelu,
     gated_adaln,
     gated_residual,
+    glu,
     patch_embed,
     tuning,
     unpatchify,
@@ -266,6 +267,12 @@ def bias_gelu_both():
     return bias_gelu.bias_gelu(x, bias), *bias_gelu.bias_gelu_backward(dout, x, bias)
 
 
+def glu_both():
+    x, bias, dout = rows(40, 192), rows(192, seed=1), rows(40, 96, seed=2)
+    args = (x, None, bias, "silu", True)
+    return glu.glu(*args), *glu.glu_backward(dout, *args)
+
+
 def patch_embed_both():
     args, dtokens = patch_cases.patch_inputs((3, 2, (4, 4), (2, 2), 40), torch.float32)
     back = patch_embed.patch_embed_backward
@@ -284,6 +291,7 @@ LAUNCHERS = {
     gated_residual_both: ("gated_residual", "gated_residual_backward"),
     attention_both: ("attention", "attention_backward_dq", "attention_backward_dkv"),
     bias_gelu_both: ("bias_gelu", "bias_gelu_backward"),
+    glu_both: ("glu", "glu_backward"),
     patch_embed_both: ("patch_embed", "patch_embed_backward"),
     unpatchify_both: ("unpatchify", "unpatchify_backward"),
 }

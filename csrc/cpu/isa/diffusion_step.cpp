@@ -10,6 +10,13 @@
 
 #include "cpu/diffusion_step_chunks.h"
 
+// The loop behind it carries nothing from one element to another.
+#if defined(__clang__)
+#define FASTDIT_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define FASTDIT_INDEPENDENT _Pragma("GCC ivdep")
+#endif
+
 namespace fastdit::FASTDIT_ISA {
 namespace {
 
@@ -178,8 +185,10 @@ struct Update {
   StepRow row;
   float clip;
 
+  // A result may be x, z or previous: element by element, so the loop is one of vectors all the same.
   void operator()(int count, const float* x, const float* e, const float* v, const float* z,
-                  const float* previous, float* __restrict next, float* __restrict x0) const {
+                  const float* previous, float* next, float* x0) const {
+    FASTDIT_INDEPENDENT
     for (int i = 0; i < count; ++i) {
       const float predicted = predicted_x0(row, x[i], e[i], clip);
       float value = next_mean(row, x[i], predicted);
@@ -212,10 +221,10 @@ void step_chunk(const StepCall& call, int64_t sample, int64_t first, int count) 
   }
   if constexpr (kPrevious) previous = fetch(call.previous, storage, at, count, buffer[6]);
   float* next = results(call.next, storage, at, buffer[7]);
-  float* x0 = results(call.x0, storage, at, buffer[8]);
+  float* x0 = call.x0 ? results(call.x0, storage, at, buffer[8]) : buffer[8];
   Update<kSigma, kPrevious>{row, call.clip}(count, x, e, v, z, previous, next, x0);
   finish(call.next, storage, at, count, next);
-  finish(call.x0, storage, at, count, x0);
+  if (call.x0) finish(call.x0, storage, at, count, x0);
 }
 
 template <Sigma kSigma, bool kPrevious>

@@ -121,10 +121,11 @@ INLINE void query_tile(const Attention& a, const float* queries, int rows, const
     for (int64_t n = 0; n < keys; n += kPanel) {
       const float* panel = s.keys + (key + n) * d;
       const int64_t columns = key_panel(a, key + n);
+      const Ahead ahead{reinterpret_cast<const char*>(panel)};
       if (columns > L)
-        any_tile<2>(rows, queries, a.qkv_stride, panel, d, s.products, false);
+        any_tile<2>(rows, queries, a.qkv_stride, panel, d, s.products, false, ahead);
       else
-        any_tile<1>(rows, queries, a.qkv_stride, panel, d, s.products, false);
+        any_tile<1>(rows, queries, a.qkv_stride, panel, d, s.products, false, ahead);
       for (int r = 0; r < rows; ++r)
         for (int64_t c = 0; c < columns; c += L)
           store(s.scores + r * kKeys + n + c, load(s.products + r * kPanel + c, Full{}), Full{});
@@ -142,10 +143,11 @@ INLINE void query_tile(const Attention& a, const float* queries, int rows, const
             store(at, load(at, Full{}) * corrections[r], Full{});
           }
       const float* panel = s.values + j * a.tokens;
+      const Ahead ahead{reinterpret_cast<const char*>(panel)};
       if (width - j > L)
-        any_tile<2>(rows, s.scores, kKeys, panel + key * kPanel, keys, sums, key > 0);
+        any_tile<2>(rows, s.scores, kKeys, panel + key * kPanel, keys, sums, key > 0, ahead);
       else
-        any_tile<1>(rows, s.scores, kKeys, panel + key * L, keys, sums, key > 0);
+        any_tile<1>(rows, s.scores, kKeys, panel + key * L, keys, sums, key > 0, ahead);
     }
   }
   for (int r = 0; r < rows; ++r) {
@@ -188,8 +190,9 @@ void attention_items(const Attention& a, int64_t begin, int64_t end, float* scra
       pack_values(a, rows + 2 * width, s.values);
       packed = head;
     }
-    part_of_head(a, rows, a.tokens * part / a.parts, a.tokens * (part + 1) / a.parts, s,
-                 a.out + sample * a.tokens * a.out_stride + column);
+    part_of_head(a, rows + a.query * a.qkv_stride, a.queries * part / a.parts,
+                 a.queries * (part + 1) / a.parts, s,
+                 a.out + sample * a.queries * a.out_stride + column);
   }
 }
 

@@ -1,7 +1,7 @@
 // The row-wise parts of the native forward: LayerNorm with modulation, SiLU, and products with few
 // rows, which read each weight once, as it lies in its parameter.
-#include "cpu/forward.h"
 #include "cpu/isa/exp.h"
+#include "cpu/isa/gemm.h"
 
 namespace fastdit::FASTDIT_ISA {
 namespace {
@@ -32,11 +32,47 @@ INLINE void norm_row(const Norm& n, const float* x, const float* mul, const floa
   });
 }
 
-// Weights ahead, 4 KB: 7 percent more than by the hardware's prefetching with 1 row, 40 with 8.
-constexpr int64_t kAhead = 1024;
+// Weights ahead, 8 KB: memory's latency at its bandwidth.
+constexpr int64_t kAhead = 2048;
+
+// Of two vectors of sums in blocks of 2W lanes, halved, side by side: blocks of W lanes.
+template <int W>
+INLINE Vec halve(Vec a, Vec b) {
+  Ints low, high;
+  for (int i = 0; i < L; ++i) {
+    const int lane = i % (L / 2);
+    low[i] = (i < L / 2 ? 0 : L) + lane / W * 2 * W + lane % W;
+    high[i] = low[i] + W;
+  }
+#if defined(__clang__)
+  Vec left, right;
+  for (int i = 0; i < L; ++i) {
+    left[i] = low[i] < L ? a[low[i]] : b[low[i] - L];
+    right[i] = high[i] < L ? a[high[i]] : b[high[i] - L];
+  }
+  return left + right;
+#else
+  return __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
+#endif
+}
+
+// The `total` of each of N vectors, in the same order of additions, in the first N lanes.
+template <int N, int W = L / 2>
+INLINE Vec totals(const Vec* v) {
+  static_assert(N <= L);
+  if constexpr (W == 0) return v[0];
+  else if constexpr (N == 1) {
+    const Vec half = halve<W>(v[0], v[0]);
+    return totals<1, W / 2>(&half);
+  } else {
+    Vec halves[N / 2];
+    for (int i = 0; i < N / 2; ++i) halves[i] = halve<W>(v[2 * i], v[2 * i + 1]);
+    return totals<N / 2, W / 2>(halves);
+  }
+}
 
 // An R×C square of dot products; each is one chain of vectors, whatever R and C.
-template <int R, int C>
+template <int R, int C, bool far>
 INLINE void dots_square(const Dots& d, int64_t m, int64_t n) {
   Vec sums[R][C] = {};
   const float* a = d.a + m * d.depth;
@@ -44,7 +80,7 @@ INLINE void dots_square(const Dots& d, int64_t m, int64_t n) {
   sweep<1>(d.depth, [&](int64_t k, auto part, int) {
     Vec row[C];
     for (int c = 0; c < C; ++c) {
-      prefetch(w + c * d.depth + k, kAhead);
+      if constexpr (far) prefetch(w + C * k + c * L, kAhead);
       row[c] = load(w + c * d.depth + k, part);
     }
     for (int r = 0; r < R; ++r) {
@@ -52,19 +88,39 @@ INLINE void dots_square(const Dots& d, int64_t m, int64_t n) {
       for (int c = 0; c < C; ++c) sums[r][c] = muladd(v, row[c], sums[r][c]);
     }
   });
-  for (int r = 0; r < R; ++r)
-    for (int c = 0; c < C; ++c) {
-      const float value = total(sums[r][c]) + d.bias[n + c];
-      d.out[(m + r) * d.out_stride + n + c] = d.silu ? silu(all(value))[0] : value;
+  constexpr int kSums = R * C, kAtOnce = kSums < L ? kSums : L;
+  float values[kSums < L ? L : kSums];
+  for (int i = 0; i < kSums; i += kAtOnce)
+    store(values + i, totals<kAtOnce>(&sums[0][0] + i), Full{});
+  int64_t vector = d.group ? n / d.group : 0, next = d.group ? (vector + 1) * d.group : n + C;
+  float* out = d.out + m * d.out_stride + vector * (d.group_stride - d.group);
+  for (int64_t c = 0; c < C; ++c) {
+    const int64_t column = n + c;
+    if (column == next) ++vector, next += d.group, out += d.group_stride - d.group;
+    for (int r = 0; r < R; ++r) {
+      const float value = values[r * C + c] + d.bias[column];
+      out[r * d.out_stride + column] =
+          d.silu ? silu(all(value))[0] : vector % 3 == 1 ? value + 1 : value;
     }
+  }
 }
 
-template <int C>
+template <int C, bool far>
 FLATTEN void dots_rows(const Dots& d, int64_t n) {
   int64_t m = 0;
-  for (; m + 4 <= d.rows; m += 4) dots_square<4, C>(d, m, n);
-  for (; m + 2 <= d.rows; m += 2) dots_square<2, C>(d, m, n);
-  if (m < d.rows) dots_square<1, C>(d, m, n);
+  if (far && d.rows >= 4) dots_square<4, C, far>(d, m, n), m += 4;
+  for (; m + 4 <= d.rows; m += 4) dots_square<4, C, false>(d, m, n);
+  for (; m + 2 <= d.rows; m += 2) dots_square<2, C, far>(d, m, n);
+  if (m < d.rows) dots_square<1, C, far>(d, m, n);
+}
+
+template <bool far>
+FLATTEN void dots(const Dots& d, int64_t begin, int64_t end) {
+  int64_t n = begin;
+  if (d.rows == 1)
+    for (; n + 8 <= end; n += 8) dots_square<1, 8, far>(d, 0, n);
+  for (; n + 4 <= end; n += 4) dots_rows<4, far>(d, n);
+  for (; n < end; ++n) dots_rows<1, far>(d, n);
 }
 
 }  // namespace
@@ -76,12 +132,8 @@ FLATTEN void norm_rows(const Norm& n, int64_t begin, int64_t end) {
   }
 }
 
-// Columns [begin, end) of all rows.
-void dots_columns(const Dots& d, int64_t begin, int64_t end) {
-  int64_t n = begin;
-  for (; n + 4 <= end; n += 4) dots_rows<4>(d, n);
-  for (; n < end; ++n) dots_rows<1>(d, n);
-}
+void dots_columns(const Dots& d, int64_t begin, int64_t end) { dots<true>(d, begin, end); }
+void dots_near(const Dots& d, int64_t begin, int64_t end) { dots<false>(d, begin, end); }
 
 FLATTEN void silu_floats(float* values, int64_t count) {
   sweep<1>(count, [&](int64_t d, auto part, int) {

@@ -25,7 +25,7 @@ INLINE void fetch_next(const Gemm& g, int64_t row, int64_t rows, int64_t k, int6
 
 // One group of panels, all blocks of the depth, rows [row, row_end).
 void group_product(const Gemm& g, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end,
-                   float* scratch) {
+                   Beside& beside, float* scratch) {
   const int64_t blocks = blocks_of(g.depth);
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t k = g.depth * block / blocks, depth = g.depth * (block + 1) / blocks - k;
@@ -35,8 +35,9 @@ void group_product(const Gemm& g, int64_t row, int64_t row_end, int64_t panel, i
       for (int64_t p = panel; p < panel_end; ++p) {
         fetch_next(g, next, coming, k, depth, p - panel, panel_end - panel);
         if (block == blocks - 1) fetch_result(g, first, rows, p * kPanel);
-        any_tile<2>(int(rows), g.a + first * g.a_stride + k, g.a_stride,
-                    g.b + (p * g.depth + k) * kPanel, depth, sums, block > 0);
+        const float* b = g.b + (p * g.depth + k) * kPanel;
+        any_tile<2>(int(rows), g.a + first * g.a_stride + k, g.a_stride, b, depth, sums, block > 0,
+                    beside.next(b, depth));
         if (block == blocks - 1) finish(g, first, rows, p * kPanel, sums);
         if (blocks > 1) sums += rows * kPanel;
       }
@@ -55,11 +56,14 @@ void gemm_scratch(const Gemm& g, int64_t& floats) {
 
 // Rows [row, row_end) of C in panels [panel, panel_end).
 void gemm_block(const Gemm& g, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end,
-                float* scratch) {
+                DotsPart share, float* scratch) {
   for (; row < row_end; row += kMostRows) {
     const int64_t stop = row + kMostRows < row_end ? row + kMostRows : row_end;
+    Beside beside(share, row, stop, (panel_end - panel) * blocks_of(g.depth));
+    share.begin = share.end;  // nothing is left for the next rows
     for (int64_t p = panel; p < panel_end; p += kGroup)
-      group_product(g, row, stop, p, p + kGroup < panel_end ? p + kGroup : panel_end, scratch);
+      group_product(g, row, stop, p, p + kGroup < panel_end ? p + kGroup : panel_end, beside,
+                    scratch);
   }
 }
 

@@ -33,12 +33,20 @@ INLINE Vec broadcast(const float* from) {
 #endif
 }
 
+// What a tile asks of memory in passing: the line at `at`, `step` bytes further on in each step of k.
+// A step of 0 asks for one line again and again, which costs nothing.
+struct Ahead {
+  const char* at;
+  int64_t step = 0;
+};
+
 // to[r][v] (+)= Σ_k a[r][k]·b[k][v], k in order from 0; `to` has rows of kPanel.
 template <int R, int V>
 NOINLINE void tile_product(const float* a, int64_t a_stride, const float* b, int64_t depth,
-                           float* to, bool add) {
+                           float* to, bool add, Ahead ahead) {
   Vec sums[R][V] = {};
   for (int64_t k = 0; k < depth; ++k, b += V * L) {
+    __builtin_prefetch(ahead.at + k * ahead.step);
     Vec row[V];
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) row[v] = load(b + v * L, Full{});
@@ -61,9 +69,9 @@ NOINLINE void tile_product(const float* a, int64_t a_stride, const float* b, int
 // The same for `rows` up to kTile.
 template <int V, int R = kTile>
 INLINE void any_tile(int rows, const float* a, int64_t a_stride, const float* b, int64_t depth,
-                     float* to, bool add) {
-  if (rows == R) return tile_product<R, V>(a, a_stride, b, depth, to, add);
-  if constexpr (R > 1) any_tile<V, R - 1>(rows, a, a_stride, b, depth, to, add);
+                     float* to, bool add, Ahead ahead) {
+  if (rows == R) return tile_product<R, V>(a, a_stride, b, depth, to, add, ahead);
+  if constexpr (R > 1) any_tile<V, R - 1>(rows, a, a_stride, b, depth, to, add, ahead);
 }
 
 // f(begin, count) over tiles: whole ones, and the rest, up to two tiles less a row, in equal parts.
@@ -76,5 +84,38 @@ INLINE void for_tiles(int64_t begin, int64_t end, F f) {
     f(first, begin + rows * (t + 1) / tiles - first);
   }
 }
+
+void dots_near(const Dots& d, int64_t begin, int64_t end);
+
+// The product with few rows that a thread has beside `steps` tiles of another: a share of its weights
+// is on its way from memory during each tile, and multiplied behind it.
+class Beside {
+ public:
+  Beside(const DotsPart& share, int64_t row, int64_t row_end, int64_t others) : s(share) {
+    if (s.begin == s.end) return;
+    for_tiles(row, row_end, [&](int64_t, int64_t) { steps += others; });
+    bytes = (s.end - s.begin) * s.dots->depth * int64_t(sizeof(float));
+  }
+  ~Beside() {
+    if (s.begin < s.end) dots_near(*s.dots, s.begin, s.end);
+  }
+
+  // Before a tile of `depth` steps: what it is to ask for.
+  Ahead next(const void* otherwise, int64_t depth) {
+    if (!steps) return {static_cast<const char*>(otherwise)};
+    const int64_t column = s.dots->depth * int64_t(sizeof(float));
+    const int64_t come = first + asked / column, here = come - (come - first) % 8;
+    if (s.begin < here) dots_near(*s.dots, s.begin, here), s.begin = here;
+    const char* from = reinterpret_cast<const char*>(s.dots->w + first * s.dots->depth) + asked;
+    const int64_t begun = asked;
+    asked = bytes * ++step / steps;
+    return {from, (asked - begun + depth - 1) / depth};
+  }
+
+ private:
+  DotsPart s;
+  const int64_t first = s.begin;
+  int64_t steps = 0, step = 0, bytes = 0, asked = 0;
+};
 
 }  // namespace fastdit::FASTDIT_ISA

@@ -46,9 +46,11 @@ INLINE Ints dot_pairs(Ints sums, Ints a, Ints b) {
 #define FASTDIT_TILE(name, attribute, dot)                                                       \
   template <int R>                                                                               \
   attribute NOINLINE void name(const uint32_t* a, int64_t a_stride, const int32_t* b,            \
-                               int64_t groups, int32_t* to) {                                    \
+                               int64_t groups, int32_t* to, Ahead ahead) {                       \
     Ints sums[R][2] = {};                                                                        \
     for (int64_t g = 0; g < groups; ++g, b += kPanel) {                                          \
+      __builtin_prefetch(ahead.at + g * ahead.step);                                             \
+      __builtin_prefetch(ahead.at + g * ahead.step + 64);                                        \
       const Ints left = load_ints(b), right = load_ints(b + L);                                  \
       _Pragma("GCC unroll 14") for (int r = 0; r < R; ++r) {                                     \
         const Ints number = Ints{} + int32_t(a[r * a_stride + g]);                               \
@@ -69,15 +71,15 @@ FASTDIT_TILE(tile_quads, __attribute__((target("avx512vnni"))), FASTDIT_DOT_QUAD
 
 template <int R = kTile>
 INLINE void any_int8_tile(int rows, bool quads, const uint32_t* a, int64_t a_stride,
-                          const int32_t* b, int64_t groups, int32_t* to) {
+                          const int32_t* b, int64_t groups, int32_t* to, Ahead ahead) {
   if (rows < R) {
-    if constexpr (R > 1) any_int8_tile<R - 1>(rows, quads, a, a_stride, b, groups, to);
+    if constexpr (R > 1) any_int8_tile<R - 1>(rows, quads, a, a_stride, b, groups, to, ahead);
     return;
   }
 #if defined(__AVX512F__) && FASTDIT_LANES == 16
-  if (quads) return tile_quads<R>(a, a_stride, b, groups, to);
+  if (quads) return tile_quads<R>(a, a_stride, b, groups, to, ahead);
 #endif
-  tile_pairs<R>(a, a_stride, b, groups, to);
+  tile_pairs<R>(a, a_stride, b, groups, to, ahead);
 }
 
 // The integers of a tile as what they stand for.
@@ -102,18 +104,20 @@ constexpr int64_t kGroupWords = 75 * 1024;  // of B, 300 KB: they stay in the se
 void int8_group(int64_t& group) { group = has_vnni() ? 4 : 2; }
 
 void gemm_int8_block(const GemmInt8& g, int64_t row, int64_t row_end, int64_t panel,
-                     int64_t panel_end) {
+                     int64_t panel_end, DotsPart share) {
   const bool quads = has_vnni();
   const int64_t group = quads ? 4 : 2, groups = (g.g.depth + group - 1) / group;
   const int64_t fitting = kGroupWords / (groups * kPanel), step = fitting > 1 ? fitting : 1;
   alignas(64) int32_t sums[kTile * kPanel];
   alignas(64) float tile[kTile * kPanel];
+  Beside beside(share, row, row_end, panel_end - panel);
   for (int64_t from = panel; from < panel_end; from += step)
     for_tiles(row, row_end, [&](int64_t first, int64_t rows) {
       for (int64_t p = from; p < from + step && p < panel_end; ++p) {
         fetch_result(g.g, first, rows, p * kPanel);
-        any_int8_tile(int(rows), quads, g.a.words + first * g.a.stride, g.a.stride,
-                      g.b + p * groups * kPanel, groups, sums);
+        const int32_t* b = g.b + p * groups * kPanel;
+        any_int8_tile(int(rows), quads, g.a.words + first * g.a.stride, g.a.stride, b, groups, sums,
+                      beside.next(b, groups));
         dequantize(g, first, rows, p * kPanel, sums, tile);
         finish(g.g, first, rows, p * kPanel, tile);
       }
