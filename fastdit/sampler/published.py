@@ -10,7 +10,7 @@ method the steps are the diffusion's own, in the same loop.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
@@ -22,6 +22,7 @@ from torch import Tensor
 from fastdit.diffusion import GaussianDiffusion
 from fastdit.diffusion.process import ForwardProcess
 from fastdit.diffusion.steps import ReverseSteps, checked_output
+from fastdit.ops import _checks
 from fastdit.ops._checks import fail
 from fastdit.plan import Plan
 from fastdit.sampler import graphs
@@ -65,6 +66,15 @@ class Published:
     noise_fn: Draw | None = None
     graph: bool | None = None
     options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not callable(self.model):
+            got = type(self.model).__name__
+            raise TypeError(f"model: got {got}, allowed is one called as model(x, t, **kwargs)")
+        for name in ("denoised_fn", "cond_fn", "noise_fn"):
+            _checks.function(name, getattr(self, name))
+        _checks.instance("model_kwargs", self.model_kwargs, Mapping, "a dict")
+        _checks.switch("graph", self.graph)
 
     @contextlib.contextmanager
     def begun(self) -> Iterator[Loop]:
