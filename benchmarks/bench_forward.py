@@ -2,15 +2,17 @@
 against fastdit's native forward.
 
     python benchmarks/bench_forward.py --threads 2 [--rounds 7] [--cases tiny,S/8,S/2] [--json FILE]
-    python benchmarks/bench_forward.py --threads 2 --rounds 5 --whole    # every case, 8 minutes
+    python benchmarks/bench_forward.py --threads 2 --rounds 5 --cases XL/2 --peers compile,ours
 
 Every candidate of a case runs the same model on the same inputs, in turns; a figure is the median
 of its turns and a ratio the median of the turns' ratios to eager's. Eager is the published DiT in
 plain PyTorch (`fastdit.backend("reference")`, every layer's modulation by itself). "rows given" has
 its conditioning computed before, as a sampler's steps do; "fused ops" is the model itself, without
-the native forward, and "compiled fused ops" torch.compile of it, which is to be no slower. Peers
-that are not installed are named as absent. With more than one thread a turn waits for an idle
-machine, `--patience` seconds in all, and what was measured beside others is counted.
+the native forward, and "compiled fused ops" torch.compile of it, which is to be no slower. With and
+without freezing and of our model, torch.compile compiles each whole model three times, 10 to 100 s
+each, said before the table: all cases take half an hour. Peers that are not installed are named as
+absent. With more than one thread a turn waits for an idle machine, `--patience` seconds in all, and
+what was measured beside others is counted.
 Errors are relative, in the 2-norm, to the model in float64.
 """
 
@@ -23,6 +25,7 @@ import json
 import os
 import statistics
 import tempfile
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -50,8 +53,6 @@ CASES = {
     "XL/2": ("XL/2", 1),
 }
 PEERS = ("ort", "openvino", "compile", "ours")
-COMPILED = ("tiny", "S/8", "S/2")
-"""The cases of `--whole` in which torch.compile takes part: it compiles each for half a minute."""
 Forward = Callable[[], Tensor]
 
 
@@ -131,8 +132,11 @@ def compiled(model: nn.Module, args: tuple[Tensor, ...], freezing: bool) -> Forw
 
     torch._dynamo.reset()
     function = torch.compile(copy.deepcopy(model))
+    start = time.perf_counter()
     with inductor.patch(freezing=freezing):
         function(*args)
+    kind = f"{type(model).__name__}{', freezing' if freezing else ''}"
+    print(f"  torch.compile of {kind}: {time.perf_counter() - start:.0f} s", flush=True)
     return lambda: function(*args)
 
 
@@ -159,8 +163,7 @@ def peer_forwards(
         found |= {} if why else {"openvino": openvino(eager, args, threads)}
     if "compile" in peers:
         found["torch.compile"] = compiled(eager, args, False)
-        if not large:
-            found["torch.compile, freezing"] = compiled(eager, args, True)
+        found["torch.compile, freezing"] = compiled(eager, args, True)
     return found, missing
 
 
@@ -197,8 +200,8 @@ def candidates(name: str, batch: int, peers: set[str], threads: int):
 def measure(case: str, peers: set[str], options: argparse.Namespace) -> list[dict]:
     """Time one case, print its table, and return its rows."""
     name, batch = CASES[case]
-    functions, true, missing = candidates(name, batch, peers, options.threads)
     print(f"\n{name}, batch {batch}", flush=True)
+    functions, true, missing = candidates(name, batch, peers, options.threads)
     errors = {n: float((f().double() - true).norm() / true.norm()) for n, f in functions.items()}
     timing = interleaved(functions, options.rounds, patience=options.patience)
     if timing.disturbed:
@@ -231,7 +234,6 @@ def main() -> None:
     parser.add_argument("--cases", default=",".join(CASES))
     parser.add_argument("--peers", default=",".join(PEERS), help="none for none")
     parser.add_argument("--patience", type=float, default=60, help="seconds a case may wait")
-    parser.add_argument("--whole", action="store_true", help="compile in three cases alone")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -242,8 +244,6 @@ def main() -> None:
     results = []
     for case in options.cases.split(","):
         peers = set(options.peers.split(","))
-        if options.whole and case not in COMPILED:
-            peers -= {"compile", "ours"}
         # One peer after the other where two would not fit the memory of a small machine.
         for chosen in [{peer} for peer in sorted(peers)] if case == "XL/2" else [peers]:
             results += measure(case, chosen, options)

@@ -18,9 +18,11 @@ from torch import Tensor
 from fastdit import flow
 from fastdit.flow import ODE, SDE, Guidance, Transport
 from fastdit.model import DiT
+from fastdit.ops import _checks
 from fastdit.ops._checks import fail
 from fastdit.sampler import DIFFUSION_SOLVERS, FLOW_SOLVERS, Sampler, options
 from fastdit.sampler.conditions import Classes, given_conditions
+from fastdit.sampler.noise import whole
 
 SOLVERS = (*DIFFUSION_SOLVERS, *FLOW_SOLVERS, "dopri5")
 Observer = Callable[[float, Tensor, Tensor], None]
@@ -34,7 +36,7 @@ def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
         return
     devices = [device] if device.type != "cpu" else []
     with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
-        torch.manual_seed(seed)
+        torch.manual_seed(int(seed))
         yield
 
 
@@ -96,8 +98,10 @@ def sample(
     Source: Peebles & Xie 2022; Song et al. 2021; Lu et al. 2022; Ma et al. 2024.
     """
     options.checked_model(model)
-    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+    if seed is not None and not whole(seed):
         fail("seed", repr(seed), "None or an int; a Sampler takes a seed for each sample")
+    _checks.function("observe", observe)
+    _checks.instance("transport", transport, Transport, "a fastdit.create_transport")
     device = next(model.parameters()).device
     if transport is not None and solver == "dopri5":
         given = {"steps": steps, "eta": eta, "clip_denoised": clip_denoised}

@@ -94,6 +94,31 @@ def test_wrong_model_channels_are_named(learn_sigma, channels, allowed):
     for run in (diffusion.p_sample, diffusion.ddim_sample, diffusion.training_losses):
         with pytest.raises(ValueError, match=rf"model's output: got \(2, {channels}, .*{allowed}"):
             run(model, x, t)
+    for run in (diffusion.p_sample_loop, diffusion.ddim_sample_loop):
+        with pytest.raises(ValueError, match=rf"model's output: got \(2, {channels}, .*{allowed}"):
+            run(model, x.shape, x)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        ({"model": "DiT-XL/2"}, TypeError, "model: got str, allowed is one called as model"),
+        ({"denoised_fn": 3}, TypeError, "denoised_fn: got int, allowed is None or a function"),
+        ({"cond_fn": 3}, TypeError, "cond_fn: got int"),
+        ({"noise_fn": torch.zeros(2)}, TypeError, "noise_fn: got Tensor"),
+        ({"model_kwargs": [1]}, TypeError, "model_kwargs: got list, allowed is None or a dict"),
+        ({"graph": "on"}, ValueError, "graph: got 'on', allowed is None, True or False"),
+        (
+            {"graph": True},
+            ValueError,
+            "graph: got True, allowed is None or False: the model is a f",
+        ),
+    ],
+)
+def test_wrong_arguments_of_a_loop_are_named(wrong, error, message):
+    given = {"model": toy(), "shape": (2, 2, 3, 3), "device": "cpu", **wrong}
+    with pytest.raises(error, match=message):
+        create_diffusion("2").p_sample_loop(**given)
 
 
 def test_other_wrong_arguments_are_named():

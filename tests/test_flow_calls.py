@@ -15,6 +15,8 @@ import fastdit
 from fastdit import ops
 from fastdit.flow import ODE, SDE, Guidance, Sampler, load_transport, transport_metadata
 
+ODES = Sampler(fastdit.create_transport())
+
 
 @pytest.mark.parametrize("method", ["euler", "dopri5"])
 def test_guidance_in_an_interval(method):
@@ -104,6 +106,42 @@ def test_fastdit_sample_draws_a_flow():
         model, [1, 3], steps=6, seed=0, transport=transport, guidance_interval=(0.05, 0.07)
     )
     assert torch.equal(part, never)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        ({}, "path_type='Linear', prediction='velocity'"),
+        ({"path_type": "VP", "prediction": "noise"}, "path_type='VP', prediction='noise'"),
+        (
+            {"time_scale": 1000.0, "loss_weight": "velocity", "sample_eps": 0.01},
+            "path_type='Linear', prediction='velocity', loss_weight='velocity', sample_eps=0.01, "
+            "time_scale=1000.0",
+        ),
+    ],
+)
+def test_a_transport_shows_the_call_that_makes_it(arguments, shown):
+    transport = fastdit.create_transport(**arguments)
+    assert repr(transport) == f"create_transport({shown})"
+    again = eval(repr(transport), {"create_transport": fastdit.create_transport})
+    assert again.config == transport.config
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        (lambda: Guidance("2"), ValueError, "scale: got '2', allowed is a finite number"),
+        (lambda: Guidance(2.0, 0.5), ValueError, "interval: got 0.5, allowed is .low, high."),
+        (lambda: Guidance(2.0, channels=1.5), ValueError, "channels: got 1.5"),
+        (lambda: Sampler("Linear"), TypeError, "transport: got str"),
+        (lambda: ODES.sample_ode(guidance=2.0), TypeError, "guidance: got float"),
+        (lambda: ODES.sample_sde(guidance=2.0), TypeError, "guidance: got float"),
+        (lambda: ODES.sample_sde(noise_fn=3), TypeError, "noise_fn: got int"),
+    ],
+)
+def test_what_is_no_guidance_transport_or_function_is_named(wrong, error, message):
+    with pytest.raises(error, match=message):
+        wrong()
 
 
 def test_a_file_keeps_its_transport(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from plain_diffusion import Plain
@@ -129,7 +130,9 @@ def test_a_seed_is_an_image_in_any_batch(model, options):
 
 def test_one_seed_counts_up(model):
     sampler = Sampler(model, steps=4)
-    assert torch.equal(sampler([1, 2, 3], seed=5), sampler([1, 2, 3], seed=[5, 6, 7]))
+    counted = sampler([1, 2, 3], seed=5)
+    for seed in ([5, 6, 7], torch.tensor([5, 6, 7]), np.array([5, 6, 7]), np.int64(5)):
+        assert torch.equal(counted, sampler([1, 2, 3], seed=seed))
 
 
 def test_the_noise_is_the_same_to_the_bit_in_any_batch(model, monkeypatch):
@@ -223,6 +226,17 @@ def test_every_step_is_one_call_of_the_op(model):
         ({"conditioning_budget": -1}, "conditioning_budget: got -1"),
         ({"steps": 3, "diffusion": create_diffusion("3")}, "steps: got 3, allowed is None beside"),
         ({"diffusion": create_diffusion("3", learn_sigma=False)}, "diffusion: got one with"),
+        ({"steps": 1001}, "steps: got 1001, allowed is at most 1000"),
+        ({"solver": "ddim", "eta": "1"}, "eta: got '1', allowed is a number"),
+        ({"solver": "dpm++", "order": True}, "order: got True"),
+        ({"cfg_scale": True}, "cfg_scale: got True, allowed is a finite number"),
+        ({"guided_channels": True}, "guided_channels: got True"),
+        ({"guidance_interval": 5}, "guidance_interval: got 5, allowed is two times"),
+        ({"guidance_interval": "ab"}, "guidance_interval: got 'ab'"),
+        ({"guidance_interval": (None, 1)}, r"guidance_interval: got \(None, 1\)"),
+        ({"quality": ["fast"]}, r"quality: got \['fast'\], allowed is 'fast'"),
+        ({"graph": "yes"}, "graph: got 'yes', allowed is None, True or False"),
+        ({"native": "yes"}, "native: got 'yes'"),
     ],
 )
 def test_wrong_options_are_named(model, changes, message):
@@ -235,6 +249,7 @@ def test_wrong_options_are_named(model, changes, message):
     [
         ({"classes": [10]}, r"classes: got \[10\], allowed is 0 to 9"),
         ({"classes": []}, "classes: .*non-empty"),
+        ({"classes": None}, "classes: got None"),
         ({"seed": [1]}, "seed: got 1 values"),
         ({"seed": [1, 2**63]}, "seed: got 9223372036854775808"),
         ({"noise": torch.zeros(1, 1, 8, 8)}, r"noise: got \(1, 1, 8, 8\)"),
@@ -246,8 +261,21 @@ def test_wrong_calls_are_named(model, changes, message):
 
 
 def test_what_cannot_be_done_says_so(model):
-    with pytest.raises(TypeError, match="seed: got str"):
-        Sampler(model, steps=2)([1], seed="1")
+    for options, call, message in (
+        ({}, {"seed": "1"}, "seed: got str"),
+        ({}, {"callback": 3}, "callback: got int, allowed is None or a function"),
+        ({}, {"noise": [[0.0]]}, "noise: got list, allowed is a tensor"),
+        (
+            {"diffusion": "10"},
+            {},
+            "diffusion: got str, allowed is None or a fastdit.create_diffusi",
+        ),
+        ({"transport": "Linear"}, {}, "transport: got str"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            Sampler(model, steps=2, **options)([1], **call)
+    with pytest.raises(ValueError, match=r"noise: got .* int64 on cpu, allowed is a floating"):
+        Sampler(model, steps=2)([1], noise=torch.zeros(1, 1, 8, 8, dtype=torch.int64))
     with pytest.raises(ValueError, match="graph: got True, allowed is False or None"):
         Sampler(model, steps=2, graph=True)([1])
     model.train()

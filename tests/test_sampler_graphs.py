@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import gc
+import weakref
 
 import pytest
 import recorded_graphs
@@ -14,7 +16,7 @@ from recorded_graphs import CUDAGraph, Stream
 from fastdit import Sampler, create_diffusion
 from fastdit.diffusion import GaussianDiffusion
 from fastdit.digits import load_digits_model
-from fastdit.sampler import ahead, graphs
+from fastdit.sampler import ahead, graphs, published
 
 LABELS = [3, 8, 3, 1]
 
@@ -177,29 +179,39 @@ def test_a_published_loop_replays_its_steps(model, loop, options):
             torch.testing.assert_close(value, theirs[name], rtol=1e-5, atol=1e-5)
 
 
-def test_a_published_loops_graph_is_that_of_what_it_was_asked_for(model):
+@pytest.mark.parametrize(
+    ("graphs_made", "changes"),
+    [
+        (1, {"labels": [5, 5, 6, 7]}),
+        (2, {"scale": 3.0}),
+        (2, {"eta": 0.5}),
+        (2, {"clip_denoised": False}),
+        (2, {"loop": "p_sample_loop"}),
+        (2, {"labels": LABELS[:2]}),
+        (2, {"owner": "another"}),
+        (2, {"steps": "4"}),
+    ],
+    ids=str,
+)
+def test_a_published_loops_graph_is_that_of_what_it_was_asked_for(model, graphs_made, changes):
     """Other labels and noise are replayed; anything that is built into a step is captured."""
-    diffusion = create_diffusion("3")
+    diffusion = {"3": create_diffusion("3"), "4": create_diffusion("4")}
+    owners = {"shipped": model, "another": copy.deepcopy(model)}
 
-    def check(graphs_made, loop="ddim_sample_loop", owner=model, labels=LABELS, scale=2.0, **more):
-        run = functools.partial(getattr(diffusion, loop), **asked(owner, labels, scale), **more)
+    def check(
+        steps="3", loop="ddim_sample_loop", owner="shipped", labels=LABELS, scale=2.0, **more
+    ):
+        run = getattr(diffusion[steps], loop)
+        given = asked(owners[owner], labels, scale) | more
         results = []
         for graph in (True, False):
             torch.manual_seed(1)
-            results.append(run(graph=graph))
+            results.append(run(**given, graph=graph))
         assert (results[0] - results[1]).abs().max() <= 1e-5
-        assert len(CUDAGraph.made) == graphs_made
 
-    check(1)
-    check(1, labels=[5, 5, 6, 7])
-    check(2, scale=3.0)
-    check(3, eta=0.5)
-    check(4, clip_denoised=False)
-    check(5, loop="p_sample_loop")
-    check(6, labels=LABELS[:2])
-    check(7, owner=copy.deepcopy(model))
-    diffusion = create_diffusion("4")
-    check(8)
+    check()
+    check(**changes)
+    assert len(CUDAGraph.made) == graphs_made
 
 
 @every_loop
@@ -231,19 +243,21 @@ def test_a_consumer_changes_what_the_next_replay_starts_from(model, loop, option
 def test_runs_that_take_turns_do_not_share_a_graph(model):
     diffusion = create_diffusion("4")
     progressive = diffusion.ddim_sample_loop_progressive
-    questions = [asked(model), asked(model, [1, 2, 4, 9])]
+    questions = [asked(model), asked(model, [1, 2, 4, 9]), asked(model, [7, 6, 5, 0])]
     alone = [[out["sample"] for out in progressive(**q, graph=False)] for q in questions]
     for _again in range(2):
         turns = [progressive(**q, graph=True) for q in questions]
-        for one, other, *want in zip(*turns, *alone, strict=True):
-            for out, expected in zip((one, other), want, strict=True):
+        for outs in zip(*turns, *alone, strict=True):
+            for out, expected in zip(outs[:3], outs[3:], strict=True):
                 assert (out["sample"] - expected).abs().max() <= 1e-5
-    sampler = Sampler(model, native=False, steps=4, solver="ddim")
-    alone = [[p.x for p in sampler.iterate(labels, seed=0)] for labels in (LABELS, LABELS[::-1])]
-    turns = [sampler.iterate(labels, seed=0) for labels in (LABELS, LABELS[::-1])]
-    for one, other, *want in zip(*turns, *alone, strict=True):
-        assert torch.equal(one.x, want[0])
-        assert torch.equal(other.x, want[1])
+    for budget in (2**30, 0):
+        sampler = Sampler(model, native=False, steps=4, solver="ddim", conditioning_budget=budget)
+        calls = (LABELS, LABELS[::-1])
+        alone = [[p.x for p in sampler.iterate(labels, seed=0)] for labels in calls]
+        turns = [sampler.iterate(labels, seed=0) for labels in calls]
+        for one, other, *want in zip(*turns, *alone, strict=True):
+            assert torch.equal(one.x, want[0])
+            assert torch.equal(other.x, want[1])
 
 
 def test_a_run_that_was_left_gives_its_graph_back(model):
@@ -254,6 +268,21 @@ def test_a_run_that_was_left_gives_its_graph_back(model):
     steps.close()
     diffusion.ddim_sample_loop(**asked(model), graph=True)
     assert replays() == [6]
+
+
+def test_a_graph_keeps_neither_the_model_nor_the_diffusion(model):
+    diffusion, passing = create_diffusion("2"), copy.deepcopy(model)
+    diffusion.p_sample_loop(**asked(passing), graph=True)
+    (captures,) = [c for d, c in published._captures.items() if d is diffusion]
+    (run,) = captures._runs.values()
+    gone = [weakref.ref(passing), weakref.ref(run), weakref.ref(captures)]
+    del passing, run
+    gc.collect()
+    assert gone[0]() is None
+    assert gone[1]() is None
+    del diffusion, captures
+    gc.collect()
+    assert gone[2]() is None
 
 
 @pytest.mark.parametrize("conditioning", [2**30, 0])

@@ -101,15 +101,18 @@ def test_there_is_one_loop(monkeypatch):
 
         monkeypatch.setattr(kind, "advance", advance)
     for loop in LOOPS:
-        for hooks in ({}, {"denoised_fn": lambda x0: x0}, {"cond_fn": lambda x, t: x}):
-            run = getattr(create_diffusion("3"), loop)
-            run(toy(), SHAPE, noise=random(0), **hooks)
-            assert taken == ["Stepwise" if hooks else "Run"] * 3
+        results = []
+        for hooks in ({}, {"denoised_fn": lambda x0: x0}, {"cond_fn": lambda x, t: 0 * x}):
+            torch.manual_seed(1)
+            run = getattr(create_diffusion("4"), loop)
+            results.append(run(toy(), SHAPE, noise=random(0), **hooks))
+            assert taken == ["Stepwise" if hooks else "Run"] * 4
             taken.clear()
+        assert all((got - results[0]).abs().max() <= 1e-5 for got in results)
 
 
 class Halving(GaussianDiffusion):
-    """Overrides a step with the published signature, and calls its model twice."""
+    """Overrides a step with the published signature, and calls its model at another time too."""
 
     def p_sample(
         self,
@@ -121,9 +124,9 @@ class Halving(GaussianDiffusion):
         cond_fn=None,
         model_kwargs=None,
     ):
-        model(x, self._original_timesteps(t), **model_kwargs)
+        last = model(x, torch.zeros_like(t), **model_kwargs)[:, :1]
         out = super().p_sample(model, x, t, clip_denoised, denoised_fn, cond_fn, model_kwargs)
-        return out | {"sample": out["sample"] / 2, "kept": t}
+        return out | {"sample": (out["sample"] + last) / 2, "kept": t}
 
 
 def test_an_overridden_step_is_the_one_that_runs():

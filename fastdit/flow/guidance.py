@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -32,11 +34,13 @@ class Guidance:
     null: int | None = None
 
     def __post_init__(self) -> None:
-        low, high = self.interval
-        if not 0 <= low <= high <= 1:
+        if not isinstance(self.scale, Real) or not math.isfinite(self.scale):
+            _checks.fail("scale", repr(self.scale), "a finite number")
+        ends = self.interval if isinstance(self.interval, tuple | list) else ()
+        if len(ends) != 2 or not 0 <= ends[0] <= ends[1] <= 1:
             _checks.fail("interval", repr(self.interval), "(low, high) with 0 <= low <= high <= 1")
-        if self.channels is not None and self.channels < 0:
-            _checks.fail("channels", self.channels, "None or an int >= 0")
+        if self.channels is not None and (type(self.channels) is not int or self.channels < 0):
+            _checks.fail("channels", repr(self.channels), "None or an int >= 0")
 
     def at(self, t: float) -> bool:
         """Whether to guide at time `t`; the ends count as inside despite float32's rounding."""

@@ -52,6 +52,9 @@ class Sampler:
     """
 
     def __init__(self, transport: Transport) -> None:
+        if not isinstance(transport, Transport):
+            got = type(transport).__name__
+            raise TypeError(f"transport: got {got}, allowed is a fastdit.create_transport")
         self.transport = transport
         self.drift, self.score = transport.get_drift(), transport.get_score()
 
@@ -80,6 +83,7 @@ class Sampler:
         Returns:
             A function whose result `(num_steps, B, C, ...)` is x at each time of the grid.
         """
+        _checks.instance("guidance", guidance, Guidance, "a fastdit.flow.Guidance")
         if sampling_method in ODE_METHODS:
             plan = ODE(sampling_method, reverse).plan(self.transport, num_steps)
 
@@ -126,6 +130,8 @@ class Sampler:
             A function whose result is the list of x after each step, num_steps of them; without a
             last step the last one is there twice, as published.
         """
+        _checks.instance("guidance", guidance, Guidance, "a fastdit.flow.Guidance")
+        _checks.function("noise_fn", noise_fn)
         solver = SDE(
             sampling_method,
             diffusion_form,

@@ -83,6 +83,15 @@ class Transport:
         kinds["loss_weight"] = self.loss_type
         return {k: v.value for k, v in kinds.items()} | {k: getattr(self, k) for k in names}
 
+    def __repr__(self) -> str:
+        """The call of `create_transport` that makes it: the path, the prediction, and of the other
+        arguments what is not the default."""
+        config = self.config
+        named = {name: config[name] for name in ("path_type", "prediction")}
+        usual = create_transport(**named).config
+        named |= {name: value for name, value in config.items() if value != usual[name]}
+        return f"create_transport({', '.join(f'{k}={v!r}' for k, v in named.items())})"
+
     def check_interval(
         self,
         train_eps: float,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -67,6 +67,22 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     if device == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
+
+
+def instance(name: str, value: Any, kind: type, allowed: str) -> None:
+    """`value` is one of `kind`, described by `allowed`, or None."""
+    if value is not None and not isinstance(value, kind):
+        raise TypeError(f"{name}: got {type(value).__name__}, allowed is None or {allowed}")
+
+
+def function(name: str, value: Any) -> None:
+    """`value` can be called, or is None."""
+    instance(name, value, Callable, "a function")
+
+
+def switch(name: str, value: Any) -> None:
+    if value not in (None, True, False):
+        fail(name, repr(value), "None, True or False")
 
 
 def positive(name: str, value: Any) -> None:

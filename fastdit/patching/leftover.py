@@ -4,21 +4,11 @@ from __future__ import annotations
 
 from torch import nn
 
-GATED = (
-    "GEGLU",
-    "SwiGLU",
-    "LuminaFeedForward",
-    "AuraFlowFeedForward",
-    "GLUMBConv",
-    "Flux2SwiGLU",
-    "AceStepMLP",
-)
-"""Feed-forwards whose activation is a product of two projections."""
-
-NOT_NORMS = {
+NOT_SITES = {
     "AdaLayerNormSingle": "computes modulations, once a step; normalises nothing",
     "AuraFlowPreFinalBlock": "modulates without a normalisation, once a step",
     "CogVideoXPatchEmbed": "embeds text and video together, once a step",
+    "GLUMBConv": "its gates are channels of a convolution; glu takes the halves of a last axis",
 }
 """Modules that look like sites by name."""
 
@@ -30,9 +20,7 @@ def _attention(module: nn.Module) -> bool:
 
 def why_left(module: nn.Module, inside: tuple[nn.Module, ...]) -> str | None:
     """The reason for the report; None for a module that is no site at all."""
-    if "w12" in module._modules or type(module).__name__ in GATED:
-        return "no fused op for its gated activation"
-    if (reason := NOT_NORMS.get(type(module).__name__)) is not None:
+    if (reason := NOT_SITES.get(type(module).__name__)) is not None:
         return reason
     if _attention(module):
         processor = getattr(module, "processor", None)

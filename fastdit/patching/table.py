@@ -12,6 +12,7 @@ from fastdit.patching import (
     f5_tts,
     flux,
     flux2,
+    gated,
     hunyuan,
     lumina2,
     lumina_next,
@@ -40,6 +41,7 @@ FAMILIES = (
     auraflow,
     ace_step,
     f5_tts,
+    gated,
     diffusers_norms,
 )
 RULES: tuple[Rule, ...] = tuple(rule for family in FAMILIES for rule in family.RULES)

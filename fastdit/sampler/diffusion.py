@@ -32,7 +32,7 @@ def diffusion_plan(
         fail("solver", repr(solver), ", ".join(map(repr, DIFFUSION_SOLVERS)))
     if eta and solver != "ddim":
         fail("eta", repr(eta), f"0 with solver={solver!r}")
-    if order not in (1, 2):
+    if order not in (1, 2) or isinstance(order, bool):
         fail("order", repr(order), "1 or 2")
     if order != 2 and solver != "dpm++":
         fail("order", repr(order), f"2 with solver={solver!r}, which has none")

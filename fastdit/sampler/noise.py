@@ -12,6 +12,8 @@ it or on how it is cut into chunks. One seed s gives sample i of a call the seed
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,18 +36,23 @@ def published_draw(guided: bool) -> Draw:
     return draw
 
 
+def whole(seed: Any) -> bool:
+    """Whether it is an int, of Python or NumPy."""
+    return isinstance(seed, Integral) and not isinstance(seed, bool)
+
+
 def sample_seeds(seed: int | Sequence[int] | Tensor, count: int) -> Tensor:
     """`(count,)` int64 seeds on the CPU.
 
     Raises:
         ValueError, TypeError: not an int or `count` ints of 64 bits.
     """
-    if isinstance(seed, Tensor):
+    if hasattr(seed, "tolist"):  # a tensor, or NumPy's
         seed = seed.tolist()
-    if isinstance(seed, int) and not isinstance(seed, bool):
-        seeds = [seed + i for i in range(count)]
+    if whole(seed):
+        seeds = [int(seed) + i for i in range(count)]
     elif isinstance(seed, Sequence) and not isinstance(seed, str):
-        seeds = list(seed)
+        seeds = [int(s) if whole(s) else s for s in seed]
     else:
         allowed = "None, an int or a sequence of ints"
         raise TypeError(f"seed: got {type(seed).__name__}, allowed is {allowed}")

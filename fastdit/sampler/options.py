@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sized
 from numbers import Real
 from typing import Any
+
+import torch
 
 from fastdit.diffusion import SPACINGS, GaussianDiffusion, create_diffusion
 from fastdit.flow.solvers import Solver
 from fastdit.flow.transport import Transport
 from fastdit.model import DiT
-from fastdit.ops._checks import fail
+from fastdit.ops._checks import fail, instance, tensor
 from fastdit.plan import Plan
 from fastdit.sampler.diffusion import diffusion_plan
 from fastdit.sampler.flow import flow_plan
@@ -18,6 +21,9 @@ from fastdit.sampler.presets import preset
 
 STEPS = 250
 """Of a run whose steps are not given, as published."""
+
+TRAINED = 1000
+"""Timesteps of a published diffusion."""
 
 
 def plan_of(
@@ -36,6 +42,10 @@ def plan_of(
     interval: Any,
 ) -> Plan:
     """The plan of `Sampler`'s arguments; `guidance` is its scale and the channels it guides."""
+    instance("diffusion", diffusion, GaussianDiffusion, "a fastdit.create_diffusion")
+    instance("transport", transport, Transport, "a fastdit.create_transport")
+    if not isinstance(eta, Real) or isinstance(eta, bool):
+        fail("eta", repr(eta), "a number")
     if quality is not None:
         for name, value in (("diffusion", diffusion), ("transport", transport)):
             if value is not None:
@@ -85,6 +95,8 @@ def _schedule(
     if spacing not in SPACINGS:
         fail("spacing", repr(spacing), ", ".join(map(repr, SPACINGS)))
     steps = positive("steps", STEPS if steps is None else steps)
+    if steps > TRAINED:
+        fail("steps", steps, f"at most {TRAINED}, of which a diffusion has been trained on")
     prefix = "" if spacing == "uniform" else spacing
     return create_diffusion(f"{prefix}{steps}", learn_sigma=model.learn_sigma)
 
@@ -99,13 +111,13 @@ def checked_model(model: Any) -> None:
 
 
 def guided_channels(model: DiT, cfg_scale: float, channels: int | None) -> int:
-    if not isinstance(cfg_scale, Real) or not math.isfinite(cfg_scale):
+    if not isinstance(cfg_scale, Real) or type(cfg_scale) is bool or not math.isfinite(cfg_scale):
         fail("cfg_scale", repr(cfg_scale), "a finite number")
     if cfg_scale != 1 and not model.guidable:
         fail("cfg_scale", cfg_scale, "1 for a model without a null class")
     if channels is None:
         return min(3, model.in_channels)
-    if not isinstance(channels, int) or not 0 <= channels <= model.out_channels:
+    if type(channels) is not int or not 0 <= channels <= model.out_channels:
         fail("guided_channels", channels, f"an int from 0 to {model.out_channels}")
     return channels
 
@@ -113,9 +125,27 @@ def guided_channels(model: DiT, cfg_scale: float, channels: int | None) -> int:
 def _interval(interval: Any) -> tuple[float, float] | None:
     if interval is None:
         return None
-    if len(interval) != 2 or not interval[0] <= interval[1]:
-        fail("guidance_interval", interval, "two times, the lower first")
-    return float(interval[0]), float(interval[1])
+    try:
+        low, high = (float(time) for time in interval)
+    except (TypeError, ValueError):
+        low = high = math.nan
+    if not low <= high:
+        fail("guidance_interval", repr(interval), "two times, the lower first")
+    return low, high
+
+
+def count(classes: Any) -> int:
+    """How many samples a call asks for."""
+    if not isinstance(classes, int | Sized):
+        fail("classes", repr(classes), "a list of labels, vectors, or a number of samples")
+    return classes if isinstance(classes, int) else len(classes)
+
+
+def checked_noise(noise: Any, shape: tuple[int, ...], device: torch.device) -> None:
+    tensor("noise", noise, (len(shape),), f"(B, *{shape[1:]})")
+    if noise.shape != shape or noise.device != device:
+        got = f"{tuple(noise.shape)} on {noise.device}"
+        fail("noise", got, f"({shape[0]}, *{shape[1:]}) on {device}")
 
 
 def positive(name: str, value: Any) -> Any:

@@ -28,6 +28,6 @@ def preset(quality: str) -> dict[str, Any]:
     Raises:
         ValueError: there is none of this name.
     """
-    if quality not in PRESETS:
+    if quality not in tuple(PRESETS):
         fail("quality", repr(quality), ", ".join(map(repr, PRESETS)))
     return PRESETS[quality]

@@ -24,6 +24,7 @@ from fastdit.diffusion import GaussianDiffusion
 from fastdit.flow.solvers import Solver
 from fastdit.flow.transport import Transport
 from fastdit.model import DiT
+from fastdit.ops import _checks
 from fastdit.ops._checks import fail
 from fastdit.plan import Plan
 from fastdit.sampler import graphs, options
@@ -67,7 +68,8 @@ class Sampler:
         chunk: samples at a time; a larger call is cut into equal chunks. None takes all at once.
         conditioning_budget: bytes for the conditioning rows computed ahead; 0 leaves them to the
             model in every step.
-        graph: replay a CUDA graph of the step; None does where the model is on a GPU.
+        graph: replay a CUDA graph of the step; None does where the model is on a GPU, without
+            forward hooks and outside autocast, True is an error elsewhere.
         native: whether `fastdit.NativeForward` runs in the model's place: None where it fits (CPUs,
             float32), True or an error, False never.
         quantize: `"int8"` multiplies in 8 bits there; None does not.
@@ -118,6 +120,8 @@ class Sampler:
         self.clip = 1.0 if clip_denoised else None
         self.chunk = options.positive("chunk", chunk)
         self.conditioning_budget = options.budget(conditioning_budget)
+        _checks.switch("graph", graph)
+        _checks.switch("native", native)
         self.graph = graph
         self._forward = stand_in(model, native, quantize)
         self._required = bool(native) or quantize is not None
@@ -151,8 +155,9 @@ class Sampler:
             ValueError, TypeError: a label that the model does not have, or a seed or noise that
                 does not fit.
         """
+        _checks.function("callback", callback)
         finished = []
-        chunks = self._chunks(classes if isinstance(classes, int) else len(classes))
+        chunks = self._chunks(options.count(classes))
         with progress_bar(progress, len(chunks) * len(self.plan)) as advanced:
             previews = callback is not None
             for part, step, run in self._advance(classes, seed, noise, previews):
@@ -213,8 +218,8 @@ class Sampler:
         count = len(given.places)
         seeds = None if seed is None else sample_seeds(seed, count).to(device)
         shape = (self.model.in_channels, *self.model.input_size)
-        if noise is not None and (noise.shape != (count, *shape) or noise.device != device):
-            fail("noise", f"{tuple(noise.shape)} on {noise.device}", f"(B, *{shape}) on {device}")
+        if noise is not None:
+            options.checked_noise(noise, (count, *shape), device)
         if noise is None and self.plan.from_data:
             fail("noise", None, "the data that a reverse solver starts from")
         table, times = self._on(device)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_system import Counts, opaque_ops
+from test_system import opaque_ops
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException
@@ -28,7 +28,7 @@ from fastdit.sampler.noise import published_draw
 from fastdit.sampler.published import Published
 from fastdit.sampler.run import Recipe
 from fastdit.testing import count_traffic
-from fastdit.testing.counting import Cost
+from fastdit.testing.fake_cuda import kernel_costs
 
 BATCH, STEPS, LABELS = 32, 250, 5
 LAUNCHES = 235  # model, guidance and update; eager PyTorch's model alone is 614
@@ -127,15 +127,13 @@ def captured_run(dit, device: str, plan: Plan, seeded: bool, hoisted: bool = Tru
 )
 def test_launches_of_a_step(xl, solver, seeded):
     mode, dit, device = xl
-    counts, plan = Counts(), guided_plan(solver)
-    counts.costs["fastdit::diffusion_step"] = lambda *_args: Cost(1, 0, 0)
+    plan = guided_plan(solver)
     with mode, torch.no_grad(), opaque_ops(device):
         run = captured_run(dit, device, plan, seeded)
-        with count_traffic(counts.costs) as traffic:
+        with count_traffic(kernel_costs()) as traffic:
             run.advance_captured(Kind(guided=True, draws=True))
     assert traffic.launches["fastdit::diffusion_step"] == 1 + (solver == "sde_heun")
-    launched = traffic.total_launches + counts.launches()
-    assert launched <= LAUNCHES
+    assert traffic.total_launches <= LAUNCHES
 
 
 @pytest.mark.parametrize("hoisted", [True, False], ids=["hoisted", "conditioned in the step"])
@@ -154,14 +152,12 @@ def test_a_step_stays_on_its_device_and_reads_no_value(fake, solver, seeded, hoi
 
 def test_launches_of_a_published_loops_step(xl):
     mode, dit, device = xl
-    counts, plan, diffusion = Counts(), guided_plan("ddpm"), fastdit.create_diffusion("2")
-    counts.costs["fastdit::diffusion_step"] = lambda *_args: Cost(1, 0, 0)
+    plan, diffusion = guided_plan("ddpm"), fastdit.create_diffusion("2")
     with mode, torch.no_grad(), opaque_ops(device):
         run = published_run(dit, device, plan, diffusion)
-        with count_traffic(counts.costs) as traffic:
+        with count_traffic(kernel_costs()) as traffic:
             run.advance_captured(Kind(guided=False, draws=True))
-    launched = traffic.total_launches + counts.launches()
-    assert launched <= PUBLISHED_LAUNCHES
+    assert traffic.total_launches <= PUBLISHED_LAUNCHES
 
 
 def published_run(dit, device: str, plan: Plan, diffusion) -> CapturedRun:

@@ -44,4 +44,24 @@ INLINE Vec exponential(Vec x) {
   return x == x ? value : x;
 }
 
+// 2^y of y ≤ 0, for a softmax: no weight needs y to more than float's precision, since 2^y is small
+// where y is large. Below 2^−126 it is 0 or next to it; NaN stays.
+INLINE Vec power_of_two(Vec y) {
+  const Vec shifter = all(0x1.8p23f), bounded = max(y, all(-200));
+  const Vec shifted = bounded + shifter, n = shifted - shifter, g = bounded - n;
+  Vec m = all(0x1.4174aap-13f);
+  m = muladd(m, g, all(0x1.5f096cp-10f));
+  m = muladd(m, g, all(0x1.3b2dd8p-7f));
+  m = muladd(m, g, all(0x1.c6af7ap-5f));
+  m = muladd(m, g, all(0x1.ebfbdcp-3f));
+  m = muladd(m, g, all(0x1.62e43p-1f));
+  const Vec power = muladd(m, g, all(1));
+#if defined(__AVX512F__) && FASTDIT_LANES == 16
+  return (Vec)_mm512_scalef_ps((__m512)power, (__m512)n);
+#else
+  const Vec value = y < -126 ? Vec{} : (Vec)((Bits)power + ((Bits)shifted << 23));
+  return y == y ? value : y;
+#endif
+}
+
 }  // namespace fastdit::FASTDIT_ISA

@@ -40,13 +40,14 @@ struct Ahead {
   int64_t step = 0;
 };
 
-// to[r][v] (+)= Σ_k a[r][k]·b[k][v], k in order from 0; `to` has rows of kPanel.
+// to[r][v] (+)= Σ_k a[r][k]·b[k][v], k in order from 0; rows of `to` are to_stride apart.
 template <int R, int V>
 NOINLINE void tile_product(const float* a, int64_t a_stride, const float* b, int64_t depth,
-                           float* to, bool add, Ahead ahead) {
+                           float* to, int64_t to_stride, bool add, Ahead ahead, Ahead next) {
   Vec sums[R][V] = {};
   for (int64_t k = 0; k < depth; ++k, b += V * L) {
     __builtin_prefetch(ahead.at + k * ahead.step);
+    __builtin_prefetch(next.at + k * next.step);
     Vec row[V];
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) row[v] = load(b + v * L, Full{});
@@ -61,7 +62,7 @@ NOINLINE void tile_product(const float* a, int64_t a_stride, const float* b, int
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) {
-      float* at = to + r * kPanel + v * L;
+      float* at = to + r * to_stride + v * L;
       store(at, add ? sums[r][v] + load(at, Full{}) : sums[r][v], Full{});
     }
 }
@@ -69,9 +70,10 @@ NOINLINE void tile_product(const float* a, int64_t a_stride, const float* b, int
 // The same for `rows` up to kTile.
 template <int V, int R = kTile>
 INLINE void any_tile(int rows, const float* a, int64_t a_stride, const float* b, int64_t depth,
-                     float* to, bool add, Ahead ahead) {
-  if (rows == R) return tile_product<R, V>(a, a_stride, b, depth, to, add, ahead);
-  if constexpr (R > 1) any_tile<V, R - 1>(rows, a, a_stride, b, depth, to, add, ahead);
+                     float* to, int64_t to_stride, bool add, Ahead ahead, Ahead next) {
+  if (rows == R) return tile_product<R, V>(a, a_stride, b, depth, to, to_stride, add, ahead, next);
+  if constexpr (R > 1)
+    any_tile<V, R - 1>(rows, a, a_stride, b, depth, to, to_stride, add, ahead, next);
 }
 
 // f(begin, count) over tiles: whole ones, and the rest, up to two tiles less a row, in equal parts.
