@@ -193,7 +193,7 @@ FLATTEN void update(const StepRow& row, float clip, int count, const float* x, c
     if constexpr (kPrevious) value = muladd(all(row.cp), load(previous + i, part), value);
     if constexpr (kSigma == kFixed) value = muladd(sigma, load(z + i, part), value);
     if constexpr (kSigma == kLearned) {
-      const Vec power = power_of_two(muladd(slope, load(v + i, part), centre));
+      const Vec power = any_power_of_two(muladd(slope, load(v + i, part), centre));
       value = muladd(sigma * power, load(z + i, part), value);
     }
     store(x0 + i, predicted, part);

@@ -17,7 +17,7 @@ INLINE Vec power_of_fraction(Vec g) {
 }
 
 // 2^y for every y, with infinity, subnormal results, zero and NaN.
-INLINE Vec power_of_two(Vec y) {
+INLINE Vec any_power_of_two(Vec y) {
   const Vec bounded = max(min(y, all(160)), all(-160));
 #if defined(__AVX512F__) && FASTDIT_LANES == 16
   const __m512 whole = _mm512_roundscale_ps((__m512)bounded, _MM_FROUND_TO_NEAREST_INT);
@@ -49,13 +49,7 @@ INLINE Vec exponential(Vec x) {
 INLINE Vec power_of_two(Vec y) {
   const Vec shifter = all(0x1.8p23f), bounded = max(y, all(-200));
   const Vec shifted = bounded + shifter, n = shifted - shifter, g = bounded - n;
-  Vec m = all(0x1.4174aap-13f);
-  m = muladd(m, g, all(0x1.5f096cp-10f));
-  m = muladd(m, g, all(0x1.3b2dd8p-7f));
-  m = muladd(m, g, all(0x1.c6af7ap-5f));
-  m = muladd(m, g, all(0x1.ebfbdcp-3f));
-  m = muladd(m, g, all(0x1.62e43p-1f));
-  const Vec power = muladd(m, g, all(1));
+  const Vec power = power_of_fraction(g);
 #if defined(__AVX512F__) && FASTDIT_LANES == 16
   return (Vec)_mm512_scalef_ps((__m512)power, (__m512)n);
 #else
