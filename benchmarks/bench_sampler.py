@@ -89,10 +89,8 @@ def check(model: DiT, labels: Tensor, clip: bool) -> None:
     loop = last(published(model, labels, 50, clip, "auto"))
     torch.manual_seed(1)
     got = sampler(model, 50, clip)(labels)
-    print(
-        f"after 50 steps, against the published loop: Sampler {relative(got, want):.1e}, ", end=""
-    )
-    print(f"fastdit's loop {relative(loop, want):.1e}")
+    errors = f"Sampler {relative(got, want):.1e}, fastdit's loop {relative(loop, want):.1e}"
+    print(f"after 50 steps, against the published loop: {errors}")
     some = labels if len(labels) > 1 else torch.cat([labels, labels])
     whole = sampler(model, 50, clip)(some, seed=1)
     parts = sampler(model, 50, clip, chunk=max(1, len(some) // 3))(some, seed=1)
