@@ -27,7 +27,7 @@ from fastdit.checkpoint_files import atomic_write
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "kernels_cpu.md"
 MARK = re.compile(r"(<!-- table: speed -->\n).*?(<!-- end -->)", re.S)
-OPS = ("adaln", "gated_adaln", "gated_residual", "bias_gelu", "patch_embed", "unpatchify")
+OPS = ("adaln", "gated_adaln", "gated_residual", "bias_gelu", "glu", "patch_embed", "unpatchify")
 SIZES = {XL.name: "B2 N256 D1152", TINY.name: "2×16×192", "1x4x32x32": "1×4×32×32"}
 PASSES = ("forward", "backward")
 SEEDED, RANDN = "fastdit, seed", "randn alone"
