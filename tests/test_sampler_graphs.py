@@ -270,6 +270,15 @@ def test_a_run_that_was_left_gives_its_graph_back(model):
     assert replays() == [6]
 
 
+def test_a_run_that_was_left_early_captures_its_other_steps_later(model):
+    options = {"steps": 4, "native": False, "cfg_scale": 2.0, "guidance_interval": (0, 500)}
+    sampler = Sampler(model, **options)
+    next(sampler.iterate(LABELS, seed=0))
+    replayed = sampler(LABELS, seed=0)
+    assert (replayed - Sampler(model, graph=False, **options)(LABELS, seed=0)).abs().max() <= 1e-5
+    assert replays() == [3, 2]
+
+
 def test_a_graph_keeps_neither_the_model_nor_the_diffusion(model):
     diffusion, passing = create_diffusion("2"), copy.deepcopy(model)
     diffusion.p_sample_loop(**asked(passing), graph=True)

@@ -131,6 +131,20 @@ def test_a_subclasss_moments_are_what_its_steps_go_by(variance, conditioned, cli
         close(got["pred_xstart"], want["pred_xstart"])
 
 
+def test_a_subclasss_x0_is_not_clamped_again():
+    class Doubling(GaussianDiffusion):
+        def p_mean_variance(self, *args, **kwargs):
+            out = super().p_mean_variance(*args, **kwargs)
+            return out | {"pred_xstart": 2 * out["pred_xstart"]}
+
+    x = random(0)
+    clamped = make().ddim_sample(toy(), x, T)["pred_xstart"]
+    assert clamped.abs().max() == 1
+    for name in ("p_sample", "ddim_sample", "dpm_solver_sample"):
+        out = getattr(Doubling(BETAS), name)(toy(), x, T)
+        close(out["pred_xstart"], 2 * clamped)
+
+
 def test_the_model_and_cond_fn_are_given_original_timesteps_and_kwargs():
     diffusion, seen = create_diffusion("ddim10"), []
 

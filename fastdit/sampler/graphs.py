@@ -17,6 +17,7 @@ import contextlib
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,27 +60,24 @@ def parameter_storage(model: nn.Module) -> tuple[Hashable, ...]:
 class CapturedRun(Run):
     """A run in static tensors, and the graphs of its steps.
 
+    Args:
+        chunk: as `Run`; what it starts from is overwritten.
+
     Attributes:
         keeps_seen: `seen` is what the model was given, although a step writes over it.
         busy: a call is using it.
         held: the table of conditioning rows that its graphs read.
     """
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        x: Tensor,
-        conditions: Conditions,
-        seeds: Tensor | None = None,
-        conditioning: Conditioning | None = None,
-    ) -> None:
-        super().__init__(recipe, x, conditions, seeds, conditioning)
+    def __init__(self, *chunk: Any) -> None:
+        super().__init__(*chunk)
+        conditions, conditioning = self.conditions, self.conditioning
         self.graphs: dict[Kind, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
         self.keeps_seen = self.busy = False
         self.held = None if conditioning is None else conditioning.table
         # On the device: the step's row, the row of the noise before it, then the conditioning row
         # of every sample and its null.
-        self.first = conditions.places.new_tensor([0, len(recipe.plan) + 1])
+        self.first = conditions.places.new_tensor([0, len(self.recipe.plan) + 1])
         self.cursor = torch.cat([self.first, self.places[True]])
         ones = torch.ones_like(self.first)
         self.stride = torch.cat([ones, torch.full_like(self.places[True], conditions.count)])
