@@ -5,11 +5,10 @@ from __future__ import annotations
 from fastdit.native_kernels.rows import kernel
 from fastdit.ops import _library
 
-
 WORTH_A_NODE, WORTH_A_NODE_WITHOUT_BIAS = 1024, 8192
 """Elements of x from which a differentiated call is faster than eager, forward and backward
-together. Without gradients the way to eager costs a small call more than the kernel's, 11 µs against
-7. (One thread, AVX-512; benchmarks/bench_glu.py.)"""
+together. Without gradients the way to eager costs a small call more than the kernel itself, 11 µs
+against 7. (One thread, AVX-512; benchmarks/bench_glu.py.)"""
 
 
 def _slower(x, up, bias, *options) -> str | None:
@@ -19,4 +18,4 @@ def _slower(x, up, bias, *options) -> str | None:
     return f"x has {x.numel()} elements; differentiated, eager PyTorch is faster below {least}"
 
 
-KERNELS = (kernel("glu", checks_arguments=True, slower=_slower), kernel("glu_backward"))
+KERNELS = (kernel("glu", slower=_slower), kernel("glu_backward"))
