@@ -1,9 +1,10 @@
-"""Images a second of whole sampling runs: the published eager loop and `fastdit.Sampler`, in turns.
+"""Images a second of whole sampling runs: the published eager loop, the same call of fastdit's, and
+`fastdit.Sampler`, in turns.
 
     python benchmarks/bench_sampler.py                # digits and DiT-S/2; 20, 50 and 250 steps
     python benchmarks/bench_sampler.py --model DiT-S/2 --batch 2 --whole 250
 
-Before it times, it checks: the two give the same samples from the same draws after 50 steps, and
+Before it times, it checks: they give the same samples from the same draws after 50 steps, and
 two runs cut into different batches give the same images. A published loop computes the whole model
 in every step, on eager ops; a run is DDIM with guidance. Medians of rounds that take turns. Of the
 longest runs of large models (`--whole`) so many steps are timed, one of each loop in turns, and the
@@ -39,20 +40,27 @@ def random_model(name: str) -> DiT:
     return model
 
 
-def published(model: DiT, labels: Tensor, steps: int, clip: bool) -> Iterator[Tensor]:
-    """The published sample.py on eager ops, the samples after each step."""
+def published(
+    model: DiT, labels: Tensor, steps: int, clip: bool, backend: str = "reference"
+) -> Iterator[Tensor]:
+    """What the published sample.py calls, the samples after each step: on eager ops with nothing
+    computed ahead, or as fastdit runs it."""
     y = torch.cat([labels, model.null_condition(len(labels))])
     channels = min(3, model.in_channels)
+    kwargs = {"y": y, "cfg_scale": SCALE, "guided_channels": channels}
 
-    def forward(x: Tensor, t: Tensor) -> Tensor:  # a function: nothing is computed ahead
-        return model.forward_with_cfg(x, t, y, SCALE, channels)
+    def forward(x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:  # nothing sees through a function
+        return model.forward_with_cfg(x, t, **kwargs)
 
     z = torch.randn(len(labels), model.in_channels, *model.input_size)
     z = torch.cat([z, z])
     diffusion = fastdit.create_diffusion(str(steps))
-    loop = diffusion.ddim_sample_loop_progressive(forward, z.shape, z, clip_denoised=clip)
+    call = forward if backend == "reference" else model.forward_with_cfg
+    loop = diffusion.ddim_sample_loop_progressive(
+        call, z.shape, z, clip_denoised=clip, model_kwargs=kwargs
+    )
     while True:
-        with fastdit.backend("reference"):
+        with fastdit.backend(backend):
             out = next(loop, None)
         if out is None:
             return
@@ -78,8 +86,11 @@ def check(model: DiT, labels: Tensor, clip: bool) -> None:
     torch.manual_seed(1)
     want = last(published(model, labels, 50, clip))
     torch.manual_seed(1)
+    loop = last(published(model, labels, 50, clip, "auto"))
+    torch.manual_seed(1)
     got = sampler(model, 50, clip)(labels)
-    print(f"after 50 steps, against the published loop: {relative(got, want):.1e}")
+    errors = f"Sampler {relative(got, want):.1e}, fastdit's loop {relative(loop, want):.1e}"
+    print(f"after 50 steps, against the published loop: {errors}")
     some = labels if len(labels) > 1 else torch.cat([labels, labels])
     whole = sampler(model, 50, clip)(some, seed=1)
     parts = sampler(model, 50, clip, chunk=max(1, len(some) // 3))(some, seed=1)
@@ -112,15 +123,16 @@ def some_steps(
 
 
 def rates(model: DiT, labels: Tensor, steps: int, rounds: int, clip: bool, whole: int) -> None:
-    """Print the images a second of both, and how they were timed."""
+    """Print the images a second of all three, and how they were timed."""
     ours = sampler(model, steps, clip)
-    found: dict[str, list[float]] = {"published": [], "Sampler": []}
+    found: dict[str, list[float]] = {"published": [], "fastdit's loop": [], "Sampler": []}
     for turn in range(rounds + 1):
         if steps <= whole:
             how = "whole runs"
             seconds = whole_runs(
                 {
                     "published": lambda: last(published(model, labels, steps, clip)),
+                    "fastdit's loop": lambda: last(published(model, labels, steps, clip, "auto")),
                     "Sampler": lambda: ours(labels),
                 }
             )
@@ -128,20 +140,20 @@ def rates(model: DiT, labels: Tensor, steps: int, rounds: int, clip: bool, whole
             how = f"from {whole} steps each, in turns"
             loops = {
                 "published": lambda: published(model, labels, steps, clip),
+                "fastdit's loop": lambda: published(model, labels, steps, clip, "auto"),
                 "Sampler": lambda: ours.iterate(labels),
             }
             seconds = some_steps(loops, steps, whole)
         for name, value in seconds.items():
             if turn:  # the first warms up
                 found[name].append(len(labels) / value)
-    ratios = [b / a for a, b in zip(*found.values(), strict=True)]
-    medians = {name: statistics.median(values) for name, values in found.items()}
-    print(
-        f"{steps:4d} steps: published {medians['published']:.3g} images/s, Sampler "
-        f"{medians['Sampler']:.3g}, ratio {statistics.median(ratios):.2f} "
-        f"({min(ratios):.2f} to {max(ratios):.2f}), {how}",
-        flush=True,
-    )
+    base = found.pop("published")
+    line = f"{steps:4d} steps: published {statistics.median(base):.3g} images/s"
+    for name, values in found.items():
+        ratios = [ours / eager for ours, eager in zip(values, base, strict=True)]
+        line += f", {name} {statistics.median(values):.3g}, ratio {statistics.median(ratios):.2f} "
+        line += f"({min(ratios):.2f} to {max(ratios):.2f})"
+    print(f"{line}, {how}", flush=True)
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ the turns' ratios; the share of a copy is the copy's time over the kernel's.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import re
 import time
@@ -20,26 +21,56 @@ from typing import Any
 
 import torch
 from harness.measure import MEASURED, measure
-from harness.op_benchmark import TINY, XL
-from harness.problem import COMPILE, COPY, EAGER, OURS, Case
+from harness.op_benchmark import TINY, XL, OpBenchmark
+from harness.problem import COMPILE, COPY, EAGER, OURS, Case, Problem
 
+from fastdit import ops
 from fastdit.checkpoint_files import atomic_write
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "kernels_cpu.md"
 MARK = re.compile(r"(<!-- table: speed -->\n).*?(<!-- end -->)", re.S)
-OPS = ("adaln", "gated_adaln", "gated_residual", "bias_gelu", "patch_embed", "unpatchify")
+OPS = ("adaln", "gated_adaln", "gated_residual", "bias_gelu", "glu", "patch_embed", "unpatchify")
 SIZES = {XL.name: "B2 N256 D1152", TINY.name: "2×16×192", "1x4x32x32": "1×4×32×32"}
 PASSES = ("forward", "backward")
 SEEDED, RANDN = "fastdit, seed", "randn alone"
+GIVEN = "fastdit, out="
+RESULTS = {
+    "adaln": lambda x, *_rest: torch.empty_like(x),
+    "gated_residual": lambda x, *_rest: x,
+    "gated_adaln": lambda x, *_rest: (x, torch.empty_like(x)),
+    "bias_gelu": lambda x, *_rest: torch.empty_like(x),
+}
+"""Where the ops write in the column `GIVEN`: the stream is replaced, as in inference."""
 
 
 def cases() -> list[Case]:
     """Large ones first, float32."""
-    found = [case for op in OPS for case in importlib.import_module(f"bench_{op}").cases("cpu")]
+    found = [
+        with_given(case, importlib.import_module(f"bench_{op}").BENCHMARK)
+        for op in OPS
+        for case in importlib.import_module(f"bench_{op}").cases("cpu")
+    ]
     steps = importlib.import_module("bench_diffusion_step").cases("cpu")
     found = [c for c in found if c.dtype == "fp32" and c.size in SIZES and c.what in PASSES]
     found.sort(key=lambda case: (case.size != XL.name, PASSES.index(case.what)))
     return found + [case for case in steps if case.size in SIZES]
+
+
+def with_given(case: Case, benchmark: OpBenchmark) -> Case:
+    """The case with a column for results written into given tensors, where the op does so."""
+    sizes = {size.name: size for size in (XL, TINY)}
+    if case.what != "forward" or case.name not in RESULTS or case.size not in sizes:
+        return case
+
+    def build() -> Problem:
+        problem = case.build()
+        args = benchmark.inputs(sizes[case.size], torch.float32, "cpu")
+        out, op = RESULTS[case.name](*args), getattr(ops, case.name)
+        problem.columns[GIVEN] = lambda: op(*args, out=out)
+        problem.unchecked = (*problem.unchecked, GIVEN)
+        return problem
+
+    return dataclasses.replace(case, build=build)
 
 
 def cell(rows: dict[str, Any], column: str) -> str:
@@ -67,7 +98,7 @@ def lines(results: list[dict[str, Any]]) -> list[str]:
         if not chosen:
             continue
         step = size not in (XL.name, TINY.name)
-        columns = [EAGER, COMPILE, OURS] + [SEEDED, RANDN] * step
+        columns = [EAGER, COMPILE, OURS] + ([SEEDED, RANDN] if step else [GIVEN])
         heads = [*columns, *([] if step else ["copy, share"])]
         written += [f"| {name} | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
         for result in chosen:

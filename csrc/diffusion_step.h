@@ -69,8 +69,14 @@ FASTDIT_HD float clamped(float value, float limit) {
   return value < -limit ? -limit : value;
 }
 
+// F is float, or a vector of them.
+template <class F>
+FASTDIT_HD F unclamped_x0(const StepRow& row, F x, F e) {
+  return row.a * x + row.b * e;
+}
+
 FASTDIT_HD float predicted_x0(const StepRow& row, float x, float e, float clip) {
-  return clamped(row.a * x + row.b * e, clip);
+  return clamped(unclamped_x0(row, x, e), clip);
 }
 
 FASTDIT_HD float learned_sigma(const StepRow& row, float v) {
@@ -78,7 +84,8 @@ FASTDIT_HD float learned_sigma(const StepRow& row, float v) {
   return row.sigma * exp_any(0.5f * (f * row.max_log + (1.0f - f) * row.min_log));
 }
 
-FASTDIT_HD float next_mean(const StepRow& row, float x, float x0) {
+template <class F>
+FASTDIT_HD F next_mean(const StepRow& row, F x, F x0) {
   return row.cx * x + row.c0 * x0;
 }
 

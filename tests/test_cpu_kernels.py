@@ -193,7 +193,7 @@ def test_gelu_of_nan_and_infinity_is_eagers(isa):
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
 def test_glu_is_no_less_exact_than_eager(isa, activation):
     """On enough numbers that the luck of a few does not matter, with no further allowance."""
-    x, dout = 2 * plain(40, 2000, seed=1), plain(40, 1000, seed=2)
+    x, dout = plain(40, 2000, seed=1), plain(40, 1000, seed=2)
     for op, args in (("glu", ()), ("glu_backward", (dout,))):
         args = (*args, x, None, None, activation, True)
         got = outputs(getattr(torch.ops.fastdit_native, op)(*args))[0]

@@ -11,6 +11,7 @@ from designs import VARIANTS, inputs, tiny
 from torch import nn
 
 import fastdit
+from fastdit import ops
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +104,17 @@ def test_lightningdit_is_its_layers_one_by_one(models):
     final = model.final_layer
     h = final.linear(modulated(final.norm_final, h, *final.adaLN_modulation(c).chunk(2, 1)))
     torch.testing.assert_close(model(x, t, y), model.unpatchify(h), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_gated_mlp_is_one_op_between_two_products(models, monkeypatch):
+    model, calls = models["lightningdit"], []
+    original = ops.glu
+    monkeypatch.setattr(ops, "glu", lambda *args: (calls.append(args), original(*args))[1])
+    model(*inputs(model))
+    assert len(calls) == len(model.blocks)
+    for args, block in zip(calls, model.blocks, strict=True):
+        assert args[2] is block.mlp.w12.bias
 
 
 def test_lightningdits_tensors():

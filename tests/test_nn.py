@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers.models import activations
 from diffusers.models import normalization as theirs
 from torch import nn
 
+import fastdit
 import fastdit.nn as fnn
 
 sys.path.insert(0, str(Path(__file__).parent / "patching"))
@@ -70,6 +72,15 @@ def test_ada_layer_norm_continuous(norm, affine):
         for cls in (fnn.AdaLayerNormContinuous, theirs.AdaLayerNormContinuous)
     )
     agree(*pair, tokens(), condition(C))
+
+
+@pytest.mark.parametrize("name", ["GEGLU", "SwiGLU"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_gated_projections(name, bias):
+    ours, original = getattr(fnn, name), getattr(activations, name)
+    same_signature(ours, original)
+    with fastdit.backend("native"):
+        agree(ours(D, C, bias), original(D, C, bias), tokens())
 
 
 @pytest.mark.parametrize("affine", [True, False])

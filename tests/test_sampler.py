@@ -131,8 +131,14 @@ def test_a_seed_is_an_image_in_any_batch(model, options):
 def test_one_seed_counts_up(model):
     sampler = Sampler(model, steps=4)
     counted = sampler([1, 2, 3], seed=5)
-    for seed in ([5, 6, 7], torch.tensor([5, 6, 7]), np.array([5, 6, 7]), np.int64(5)):
+    for seed in (
+        [5, 6, 7],
+        torch.tensor([5, 6, 7]),
+        np.array([5, 6, 7]),
+        list(np.array([5, 6, 7])),
+    ):
         assert torch.equal(counted, sampler([1, 2, 3], seed=seed))
+    assert torch.equal(counted, sampler([1, 2, 3], seed=np.int64(5)))
 
 
 def test_the_noise_is_the_same_to_the_bit_in_any_batch(model, monkeypatch):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import gc
+import weakref
 
 import pytest
 import recorded_graphs
@@ -14,7 +16,7 @@ from recorded_graphs import CUDAGraph, Stream
 from fastdit import Sampler, create_diffusion
 from fastdit.diffusion import GaussianDiffusion
 from fastdit.digits import load_digits_model
-from fastdit.sampler import ahead, graphs
+from fastdit.sampler import ahead, graphs, published
 
 LABELS = [3, 8, 3, 1]
 
@@ -266,6 +268,30 @@ def test_a_run_that_was_left_gives_its_graph_back(model):
     steps.close()
     diffusion.ddim_sample_loop(**asked(model), graph=True)
     assert replays() == [6]
+
+
+def test_a_run_that_was_left_early_captures_its_other_steps_later(model):
+    options = {"steps": 4, "native": False, "cfg_scale": 2.0, "guidance_interval": (0, 500)}
+    sampler = Sampler(model, **options)
+    next(sampler.iterate(LABELS, seed=0))
+    replayed = sampler(LABELS, seed=0)
+    assert (replayed - Sampler(model, graph=False, **options)(LABELS, seed=0)).abs().max() <= 1e-5
+    assert replays() == [3, 2]
+
+
+def test_a_graph_keeps_neither_the_model_nor_the_diffusion(model):
+    diffusion, passing = create_diffusion("2"), copy.deepcopy(model)
+    diffusion.p_sample_loop(**asked(passing), graph=True)
+    (captures,) = [c for d, c in published._captures.items() if d is diffusion]
+    (run,) = captures._runs.values()
+    gone = [weakref.ref(passing), weakref.ref(run), weakref.ref(captures)]
+    del passing, run
+    gc.collect()
+    assert gone[0]() is None
+    assert gone[1]() is None
+    del diffusion, captures
+    gc.collect()
+    assert gone[2]() is None
 
 
 @pytest.mark.parametrize("conditioning", [2**30, 0])

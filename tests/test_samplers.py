@@ -103,6 +103,48 @@ def test_deterministic_solvers(solver, mean, clip, denoised, conditioned):
         close(out["sample"][i], want)
 
 
+class Squashing(GaussianDiffusion):
+    """As forks do that treat x0 in a way of their own, dynamic thresholding for one."""
+
+    def p_mean_variance(self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None):
+        assert denoised_fn is None
+        return super().p_mean_variance(model, x, t, clip_denoised, squash, model_kwargs)
+
+
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("conditioned", [False, True])
+@pytest.mark.parametrize("variance", ["learned_range", "fixed_large", "fixed_small"])
+def test_a_subclasss_moments_are_what_its_steps_go_by(variance, conditioned, clip):
+    kinds = {"model_var_type": ModelVarType(variance)}
+    ours, theirs = make(variance), Squashing(BETAS, **kinds)
+    model, x, cond = toy(variance == "learned_range"), random(0), pull if conditioned else None
+    for name, extra in (
+        ("p_sample", {"noise": random(1)}),
+        ("p_sample", {"noise": lambda _x: None}),
+        ("ddim_sample", {"noise": random(1), "eta": 0.7}),
+        ("ddim_reverse_sample", {}),
+        ("dpm_solver_sample", {"x0_previous": random(2)}),
+    ):
+        want = getattr(ours, name)(model, x, T, clip, squash, cond, **extra)
+        got = getattr(theirs, name)(model, x, T, clip, None, cond, **extra)
+        close(got["sample"], want["sample"])
+        close(got["pred_xstart"], want["pred_xstart"])
+
+
+def test_a_subclasss_x0_is_not_clamped_again():
+    class Doubling(GaussianDiffusion):
+        def p_mean_variance(self, *args, **kwargs):
+            out = super().p_mean_variance(*args, **kwargs)
+            return out | {"pred_xstart": 2 * out["pred_xstart"]}
+
+    x = random(0)
+    clamped = make().ddim_sample(toy(), x, T)["pred_xstart"]
+    assert clamped.abs().max() == 1
+    for name in ("p_sample", "ddim_sample", "dpm_solver_sample"):
+        out = getattr(Doubling(BETAS), name)(toy(), x, T)
+        close(out["pred_xstart"], 2 * clamped)
+
+
 def test_the_model_and_cond_fn_are_given_original_timesteps_and_kwargs():
     diffusion, seen = create_diffusion("ddim10"), []
 

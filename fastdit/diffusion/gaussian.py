@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdit.diffusion.calls import Model
 from fastdit.diffusion.kinds import LossType, ModelMeanType, ModelVarType
 from fastdit.diffusion.loops import SamplingLoops, behind_a_bar
 from fastdit.diffusion.losses import discretized_gaussian_log_likelihood, mean_flat, normal_kl
 from fastdit.diffusion.process import Row
-from fastdit.diffusion.steps import Model
 
 _LN2 = math.log(2.0)
 

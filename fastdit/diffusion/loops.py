@@ -33,7 +33,8 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 import torch
 from torch import Tensor
 
-from fastdit.diffusion.steps import DenoisedFn, Model, ReverseSteps, Sample
+from fastdit.diffusion.calls import DenoisedFn, Model, Sample
+from fastdit.diffusion.steps import ReverseSteps
 from fastdit.ops import _checks
 
 if TYPE_CHECKING:

@@ -17,6 +17,8 @@ All steps take the same arguments:
 
 They return a dict of `sample`, the samples one step on, and `pred_xstart`, the predicted x0, both
 like `x`. A wrong argument is a `ValueError` or `TypeError` that names it.
+
+As published, a subclass's `p_mean_variance` is what its `p_sample` and the other steps go by.
 """
 
 from __future__ import annotations
@@ -29,35 +31,19 @@ from torch import Tensor
 
 from fastdit import ops
 from fastdit.diffusion import tables
+from fastdit.diffusion.calls import (
+    Call,
+    DenoisedFn,
+    Model,
+    Noise,
+    Sample,
+    checked_output,
+    draw,
+    no_noise,
+)
 from fastdit.diffusion.kinds import ModelMeanType, ModelVarType
 from fastdit.diffusion.process import ForwardProcess, Row
 from fastdit.ops import _checks
-
-Model = Callable[..., Any]
-DenoisedFn = Callable[[Tensor], Tensor]
-Noise = Tensor | Callable[[Tensor], Tensor | None] | None
-Sample = dict[str, Tensor]
-
-
-def _no_noise(_x: Tensor) -> None:
-    return None
-
-
-def _draw(noise: Noise, x: Tensor) -> Tensor | None:
-    if noise is None:
-        return torch.randn_like(x)
-    return noise(x) if callable(noise) else noise
-
-
-def checked_output(output: Any, x: Tensor, learns_variance: bool) -> tuple[Tensor, Any]:
-    """What a model returned for `x`, its shape checked, and whatever else it returned."""
-    output, extra = output if isinstance(output, tuple) else (output, None)
-    channels = x.shape[1] * (2 if learns_variance else 1)
-    allowed = (x.shape[0], channels, *x.shape[2:])
-    if not isinstance(output, Tensor) or output.shape != allowed:
-        learned = f"{allowed}, as learn_sigma is {learns_variance}"
-        _checks.fail("the model's output", _checks.described(output), learned)
-    return output, extra
 
 
 class ReverseSteps(ForwardProcess):
@@ -118,6 +104,9 @@ class ReverseSteps(ForwardProcess):
 
         `cond_fn` shifts the mean by variance·gradient.
         """
+        if overridden(self, "p_mean_variance"):
+            call = Call(model, x, t, clip_denoised, denoised_fn, cond_fn, model_kwargs)
+            return self._drawn(call, noise)
         output, _ = self._model_output(model, x, t, model_kwargs)
         output, prediction = self._denoised(output, x, t, denoised_fn)
         sample, x0 = ops.diffusion_step(
@@ -125,7 +114,7 @@ class ReverseSteps(ForwardProcess):
             output,
             self._ddpm_table(prediction, x),
             t,
-            noise=_draw(noise, x),
+            noise=draw(noise, x),
             clip=1.0 if clip_denoised else None,
             learned_range=self.learns_variance,
         )
@@ -154,8 +143,8 @@ class ReverseSteps(ForwardProcess):
             eta: 0 is deterministic, 1 has DDPM's variance. Noise is drawn, as published, even at 0.
         """
         table = self._table(tables.ddim, x, float(eta))
-        given = (model, x, t, clip_denoised, denoised_fn, cond_fn, model_kwargs)
-        return self._solve(table, *given, noise=noise, noisy=eta != 0)
+        call = Call(model, x, t, clip_denoised, denoised_fn, cond_fn, model_kwargs)
+        return self._solve(table, call, noise=noise, noisy=eta != 0)
 
     def ddim_reverse_sample(
         self,
@@ -175,8 +164,8 @@ class ReverseSteps(ForwardProcess):
         """
         if eta != 0:
             _checks.fail("eta", repr(eta), "0: only the deterministic path can be reversed")
-        given = (model, x, t, clip_denoised, denoised_fn, cond_fn, model_kwargs)
-        return self._solve(self._table(tables.ddim_reverse, x), *given, noise=_no_noise)
+        call = Call(model, x, t, clip_denoised, denoised_fn, cond_fn, model_kwargs)
+        return self._solve(self._table(tables.ddim_reverse, x), call, noise=no_noise)
 
     def dpm_solver_sample(
         self,
@@ -203,21 +192,39 @@ class ReverseSteps(ForwardProcess):
         if x0_previous is None or order == 1:
             order, x0_previous = 1, None
         table = self._table(tables.dpm_solver, x, order)
-        given = (model, x, t, clip_denoised, denoised_fn, cond_fn, model_kwargs)
-        return self._solve(table, *given, noise=_no_noise, x0_previous=x0_previous)
+        call = Call(model, x, t, clip_denoised, denoised_fn, cond_fn, model_kwargs)
+        return self._solve(table, call, noise=no_noise, x0_previous=x0_previous)
 
     # ---- what the steps share ---------------------------------------------------------------
+
+    def _drawn(self, call: Call, noise: Noise) -> Sample:
+        """A DDPM step from a `p_mean_variance` that is not fastdit's, as published."""
+        x, t = call.x, call.t
+        moments = self._moments_of(call)
+        mean, drawn = moments["mean"], draw(noise, x)
+        if call.cond_fn is not None:
+            gradient = self._condition_gradient(call.cond_fn, x, t, call.model_kwargs)
+            mean = mean + moments["variance"] * gradient
+        if drawn is not None:
+            noisy = (t != 0).reshape(-1, *[1] * (x.dim() - 1))
+            mean = mean + noisy * (0.5 * moments["log_variance"]).exp() * drawn
+        return {"sample": mean.to(x.dtype), "pred_xstart": moments["pred_xstart"]}
+
+    def _moments_of(self, call: Call) -> dict[str, Any]:
+        """`p_mean_variance`, whosoever it is."""
+        return self.p_mean_variance(
+            call.model,
+            call.x,
+            call.t,
+            clip_denoised=call.clip_denoised,
+            denoised_fn=call.denoised_fn,
+            model_kwargs=call.model_kwargs,
+        )
 
     def _solve(
         self,
         table: Callable[[ModelMeanType], Tensor],
-        model: Model,
-        x: Tensor,
-        t: Tensor,
-        clip_denoised: bool,
-        denoised_fn: DenoisedFn | None,
-        cond_fn: Model | None,
-        model_kwargs: dict[str, Any] | None,
+        call: Call,
         *,
         noise: Noise,
         noisy: bool = True,
@@ -228,16 +235,21 @@ class ReverseSteps(ForwardProcess):
         `cond_fn` turns the score: ε −= √(1 − ᾱ)·gradient (Dhariwal & Nichol 2021, algorithm 2),
         which is x0 += (1 − ᾱ)/√ᾱ·gradient. As published, x0 is not clamped after that.
         """
+        model, x, t, clip_denoised, denoised_fn, cond_fn, model_kwargs = call
         clip = 1.0 if clip_denoised else None
-        output, _ = self._model_output(model, x, t, model_kwargs)
-        output, prediction = self._denoised(output, x, t, denoised_fn)
+        if overridden(self, "p_mean_variance"):
+            output, prediction = self._moments_of(call)["pred_xstart"], ModelMeanType.START_X
+            clip = None
+        else:
+            output, _ = self._model_output(model, x, t, model_kwargs)
+            output, prediction = self._denoised(output, x, t, denoised_fn)
         if cond_fn is not None:
             _, x0 = ops.diffusion_step(x, output, table(prediction), t, clip=clip)
             row, gradient = self._rows(x, t), self._condition_gradient(cond_fn, x, t, model_kwargs)
             weight = row["sqrt_recipm1_alphas_cumprod"] * row["sqrt_one_minus_alphas_cumprod"]
             output, prediction = (x0 + weight * gradient).to(x.dtype), ModelMeanType.START_X
             clip = None
-        drawn = _draw(noise, x)
+        drawn = draw(noise, x)
         sample, x0 = ops.diffusion_step(
             x,
             output,
@@ -314,3 +326,15 @@ class ReverseSteps(ForwardProcess):
 
     def _ddpm_table(self, prediction: ModelMeanType, x: Tensor) -> Tensor:
         return self._table(tables.ddpm, x, self.model_var_type)(prediction)
+
+
+METHODS = {
+    "_original_timesteps": ForwardProcess._original_timesteps,
+    **{k: v for k, v in vars(ReverseSteps).items() if callable(v) and k != "__init__"},
+}
+"""What a step is made of."""
+
+
+def overridden(steps: ReverseSteps, name: str) -> bool:
+    """Whether a method is not fastdit's, but a subclass's, or set on the object."""
+    return getattr(getattr(steps, name), "__func__", None) is not METHODS[name]

@@ -8,12 +8,13 @@ checkpoints load and code changes by its imports:
 | `Attention`, `Mlp`, `PatchEmbed` | timm's |
 | `AdaLayerNorm`, `AdaLayerNormZero`, `AdaLayerNormZeroSingle` | diffusers' |
 | `AdaLayerNormContinuous`, `RMSNorm` | diffusers' |
+| `GEGLU`, `SwiGLU` | diffusers' |
 | `FinalLayer`, `TimestepEmbedder`, `LabelEmbedder` | the published DiT's |
 | `GatedAdaLN` | what stands between two branches: x + gate·y, then a modulated norm |
 """
 
 from fastdit.embeddings import LabelEmbedder, TimestepEmbedder
-from fastdit.nn.layers import Attention, FinalLayer, Mlp, PatchEmbed
+from fastdit.nn.layers import GEGLU, Attention, FinalLayer, Mlp, PatchEmbed, SwiGLU
 from fastdit.nn.norms import (
     AdaLayerNorm,
     AdaLayerNormContinuous,
@@ -24,6 +25,7 @@ from fastdit.nn.norms import (
 )
 
 __all__ = [
+    "GEGLU",
     "AdaLayerNorm",
     "AdaLayerNormContinuous",
     "AdaLayerNormZero",
@@ -35,5 +37,6 @@ __all__ = [
     "Mlp",
     "PatchEmbed",
     "RMSNorm",
+    "SwiGLU",
     "TimestepEmbedder",
 ]

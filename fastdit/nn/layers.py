@@ -1,4 +1,5 @@
-"""Attention, MLP and patch embedding with timm's signatures; the published final layer."""
+"""Attention, MLP and patch embedding with timm's signatures, diffusers' gated projections; the
+published final layer."""
 
 from __future__ import annotations
 
@@ -122,6 +123,46 @@ class Mlp(nn.Module):
         else:
             hidden = self.act(self.fc1(x))
         return self.drop2(self.fc2(self.drop1(hidden)))
+
+
+class _GatedProjection(nn.Module):
+    """A Linear to values and gates, in this order, and the product of a value and its activated
+    gate; the Linear's bias is added by the product's kernel."""
+
+    activation: str
+
+    def __init__(self, dim_in: int, dim_out: int, bias: bool = True) -> None:
+        super().__init__()
+        self.proj = nn.Linear(dim_in, dim_out * 2, bias=bias)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """`(..., dim_in)` to `(..., dim_out)`."""
+        both = F.linear(hidden_states, self.proj.weight)
+        return ops.glu(both, None, self.proj.bias, self.activation, gate_first=False)
+
+
+class GEGLU(_GatedProjection):
+    """A projection gated through the exact GELU.
+
+    Args:
+        dim_in: of the input.
+        dim_out: of the output; the projection is twice as wide.
+        bias: of the projection.
+    """
+
+    activation = "gelu"
+
+
+class SwiGLU(_GatedProjection):
+    """A projection gated through SiLU.
+
+    Args:
+        dim_in: of the input.
+        dim_out: of the output; the projection is twice as wide.
+        bias: of the projection.
+    """
+
+    activation = "silu"
 
 
 class PatchEmbed(nn.Module):

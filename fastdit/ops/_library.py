@@ -53,15 +53,20 @@ def _transformed() -> bool:
     )
 
 
-def _ordinary(args: tuple[Any, ...]) -> bool:
-    """Whether the dispatcher would only run the kernel: plain tensors of one device, and neither a
-    trace nor a mode nor a transform that wants to see the op."""
-    if (
+def _unobserved() -> bool:
+    """Whether neither a trace nor a mode nor a transform wants to see an op."""
+    return not (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
-        or torch._C._get_tracing_state()
+        or torch._C._is_tracing()
         or _transformed()
-    ):
+    )
+
+
+def _ordinary(args: tuple[Any, ...]) -> bool:
+    """Whether the dispatcher would only run the kernel: plain tensors of one device, and nothing
+    that wants to see the op."""
+    if not _unobserved():
         return False
     device = args[0].device
     for value in args:
@@ -98,6 +103,27 @@ class Definition:
     def __call__(self, *args: Any) -> Any:
         at_once = _ordinary(args) and not differentiates(args)
         return self.run(*args) if at_once else self.overload(*args)
+
+    def behind(self, ctx: Any, *args: Any) -> Any:
+        """The op, called by a backward with the first gradient and what its forward saved.
+
+        A node of `_node` has seen to everything but this gradient, and a kernel took its forward.
+        Where the backward has but one, it is asked nothing again: 4 of 54 µs of a small pass.
+        """
+        device = getattr(ctx, "device_type", None)
+        gradient = args[0]
+        if (
+            device is not None
+            and type(gradient) is Tensor
+            and gradient.device.type == device
+            and not torch.is_grad_enabled()
+            and _unobserved()
+            and backends.current_backend() != "reference"
+        ):
+            kernels = backends.kernels_for(self.name, device)
+            if len(kernels) == 1:
+                return _without_autocast(kernels[0].run, device, args)
+        return self(*args)
 
 
 def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> Definition:
@@ -141,6 +167,7 @@ def _node(
     def forward(ctx: Any, run: Callable[..., Any], device: str, *args: Any) -> Any:
         results = _without_autocast(run, device, args)
         setup_context(ctx, args, results)
+        ctx.device_type = device
         return results
 
     def gradients(ctx: Any, *incoming: Any) -> Any:

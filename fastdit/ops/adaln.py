@@ -49,8 +49,8 @@ def _backward(ctx, dout, _dmean, _drstd):
     if dout is None:
         return (None,) * 8
     mean, rstd, x, *modulation = ctx.saved_tensors
-    dx, *gradients = _adaln_backward(
-        dout.contiguous(), x, mean, rstd, *modulation, ctx.norm, ctx.plus_one
+    dx, *gradients = _adaln_backward.behind(
+        ctx, dout.contiguous(), x, mean, rstd, *modulation, ctx.norm, ctx.plus_one
     )
     return dx, *present(gradients, modulation), None, None, None
 

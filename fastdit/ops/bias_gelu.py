@@ -27,7 +27,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, dout):
-    return _bias_gelu_backward(dout.contiguous(), *ctx.saved_tensors)
+    return _bias_gelu_backward.behind(ctx, dout.contiguous(), *ctx.saved_tensors)
 
 
 _bias_gelu_backward = define(

@@ -39,7 +39,8 @@ def _backward(ctx, dh, dout, _dmean, _drstd):
     if dh is None and dout is None:
         return (None,) * 10
     h, mean, rstd, y, gate, *modulation = ctx.saved_tensors
-    dx, dy, dgate, *gradients = _gated_adaln_backward(
+    dx, dy, dgate, *gradients = _gated_adaln_backward.behind(
+        ctx,
         torch.zeros_like(h) if dh is None else dh.contiguous(),
         torch.zeros_like(h) if dout is None else dout.contiguous(),
         h,

@@ -29,7 +29,9 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, dout):
-    return dout.to(ctx.dtype), *_gated_residual_backward(dout.contiguous(), *ctx.saved_tensors)
+    return dout.to(ctx.dtype), *_gated_residual_backward.behind(
+        ctx, dout.contiguous(), *ctx.saved_tensors
+    )
 
 
 _gated_residual_backward = define(

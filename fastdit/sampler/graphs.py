@@ -16,6 +16,8 @@ from __future__ import annotations
 import contextlib
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,25 +60,24 @@ def parameter_storage(model: nn.Module) -> tuple[Hashable, ...]:
 class CapturedRun(Run):
     """A run in static tensors, and the graphs of its steps.
 
+    Args:
+        chunk: as `Run`; what it starts from is overwritten.
+
     Attributes:
         keeps_seen: `seen` is what the model was given, although a step writes over it.
         busy: a call is using it.
+        held: the table of conditioning rows that its graphs read.
     """
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        x: Tensor,
-        conditions: Conditions,
-        seeds: Tensor | None = None,
-        conditioning: Conditioning | None = None,
-    ) -> None:
-        super().__init__(recipe, x, conditions, seeds, conditioning)
+    def __init__(self, *chunk: Any) -> None:
+        super().__init__(*chunk)
+        conditions, conditioning = self.conditions, self.conditioning
         self.graphs: dict[Kind, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
         self.keeps_seen = self.busy = False
+        self.held = None if conditioning is None else conditioning.table
         # On the device: the step's row, the row of the noise before it, then the conditioning row
         # of every sample and its null.
-        self.first = conditions.places.new_tensor([0, len(recipe.plan) + 1])
+        self.first = conditions.places.new_tensor([0, len(self.recipe.plan) + 1])
         self.cursor = torch.cat([self.first, self.places[True]])
         ones = torch.ones_like(self.first)
         self.stride = torch.cat([ones, torch.full_like(self.places[True], conditions.count)])
@@ -84,12 +85,14 @@ class CapturedRun(Run):
     @torch.no_grad()
     def start(
         self,
+        recipe: Recipe,
         x: Tensor,
         conditions: Conditions,
         seeds: Tensor | None,
         conditioning: Conditioning | None,
     ) -> None:
         """Begin again with another chunk of the same shape, in the same tensors."""
+        self.recipe = replace(recipe, table=self.recipe.table, times=self.recipe.times)
         self.conditioning = conditioning
         self.x.copy_(x)
         self.q.zero_()
@@ -102,6 +105,11 @@ class CapturedRun(Run):
         self._first_rows()
         if self.seeds is not None:
             self.seeds.copy_(seeds)
+
+    def end(self) -> None:
+        """Of a call: what it was asked for is let go, the model among it."""
+        self.busy = self.keeps_seen = False
+        self.recipe, self.conditioning = replace(self.recipe, denoise=None), None
 
     def advance(self, step: int) -> None:
         """One step, captured at the first call of its kind."""
@@ -147,7 +155,7 @@ class CapturedRun(Run):
         self.cursor[2:].copy_(self.places[True])
 
     def _rows(self, places: Tensor, step: int | None) -> Tensor:
-        every = self.conditioning.table.flatten(0, 1)
+        every = self.held.flatten(0, 1)
         return every.index_select(0, self.cursor[2 : 2 + len(places)])
 
     @torch.inference_mode(False)  # what it makes outlives the call, and is written to in any mode
@@ -186,14 +194,18 @@ class Captures:
     def check(self, storage: Hashable) -> None:
         """Forget everything where the parameters have moved."""
         if storage != self._storage:
-            self._runs.clear()
+            self.clear()
         self._storage = storage
 
     def tables(self) -> list[Tensor]:
         """The conditioning tables that captured graphs read, and no call is using."""
-        held = [r for r in self._runs.values() if r.conditioning is not None]
-        used = {r.conditioning.table.data_ptr() for r in held if r.busy}
-        return [r.conditioning.table for r in held if r.conditioning.table.data_ptr() not in used]
+        held = [run for run in self._runs.values() if run.held is not None]
+        used = {run.held.data_ptr() for run in held if run.busy}
+        return [run.held for run in held if run.held.data_ptr() not in used]
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._runs.clear()
 
     @contextlib.contextmanager
     def run(
@@ -211,7 +223,7 @@ class Captures:
         key = (own, x.shape, x.dtype, conditions.count, seeds is None, rows)
         found = self._runs.pop(key, None)
         if found is not None and not found.busy:
-            found.start(x, conditions, seeds, conditioning)
+            found.start(recipe, x, conditions, seeds, conditioning)
         else:
             found = _static(recipe, x, conditions, seeds, conditioning)
         self._runs[key] = found
@@ -221,7 +233,7 @@ class Captures:
         try:
             yield found
         finally:
-            found.busy = found.keeps_seen = False
+            found.end()
 
 
 @torch.inference_mode(False)

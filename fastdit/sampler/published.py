@@ -10,18 +10,18 @@ method the steps are the diffusion's own, in the same loop.
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from fastdit.diffusion import GaussianDiffusion
-from fastdit.diffusion.process import ForwardProcess
-from fastdit.diffusion.steps import ReverseSteps, checked_output
+from fastdit.diffusion.calls import checked_output
+from fastdit.diffusion.steps import METHODS, overridden
 from fastdit.ops import _checks
 from fastdit.ops._checks import fail
 from fastdit.plan import Plan
@@ -35,11 +35,8 @@ from fastdit.sampler.noise import Draw
 from fastdit.sampler.run import Loop, Recipe, Run
 
 _STEPS = {"ddpm": "p_sample", "ddim": "ddim_sample", "dpm++": "dpm_solver_sample"}
-_METHODS = {
-    "_original_timesteps": ForwardProcess._original_timesteps,
-    **{k: v for k, v in vars(ReverseSteps).items() if callable(v) and k != "__init__"},
-}
-_captures: WeakKeyDictionary[Any, Captures] = WeakKeyDictionary()  # of each diffusion
+_captures: weakref.WeakKeyDictionary[Any, Captures] = weakref.WeakKeyDictionary()
+"""Of each diffusion."""
 
 
 @dataclass(frozen=True)
@@ -109,10 +106,8 @@ class Published:
 
     def _overridden(self) -> str | None:
         """A method of a step that is not fastdit's, or None."""
-        for name, function in _METHODS.items():
-            if getattr(getattr(self.diffusion, name), "__func__", None) is not function:
-                return f"{type(self.diffusion).__name__}.{name} is not fastdit's"
-        return None
+        others = [name for name in METHODS if overridden(self.diffusion, name)]
+        return f"{type(self.diffusion).__name__}.{others[0]} is not fastdit's" if others else None
 
     def _why_eager(self, found: PlainDiT) -> str | None:
         """Why the steps of a plain DiT are not replayed from a graph, or None."""
@@ -138,14 +133,15 @@ class Published:
         return Run(recipe, self.x, ahead.conditions, None, ahead.conditioning)
 
     def _captured(self, found: PlainDiT) -> contextlib.AbstractContextManager[Run]:
-        """Of a plain DiT; its graphs are kept for other loops of the diffusion."""
+        """Of a plain DiT; its graphs are kept for other loops of the diffusion while it lives."""
         captures = _captures.setdefault(self.diffusion, Captures())
         captures.check(graphs.parameter_storage(found.model))
         plan = self._plan()
         times, reuse = plan.times.to(self.x.device), captures.tables()
         ahead = found.ahead(self.x, times, padded=True, reuse=reuse)
         solver = (self.solver, *self.options.items(), self.clip_denoised)
-        own = (found.model, found.method, *found.options.items(), solver)
+        model = weakref.ref(found.model, lambda _gone: captures.clear())
+        own = (model, found.method, *found.options.items(), solver)
         recipe = self._recipe(plan, ahead.denoise)
         return captures.run(own, recipe, self.x, ahead.conditions, None, ahead.conditioning)
 

@@ -34,7 +34,7 @@ class Recipe:
     """What all chunks of a call share.
 
     Attributes:
-        denoise: called in the model's place.
+        denoise: called in the model's place; None when the call has ended.
         plan: the solver's rows.
         table: the plan's whole table on the device.
         times: the plan's, `(E,)` on the device.
@@ -43,7 +43,7 @@ class Recipe:
         clip: of x0.
     """
 
-    denoise: Denoiser
+    denoise: Denoiser | None
     plan: Plan
     table: Tensor
     times: Tensor

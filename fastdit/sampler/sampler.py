@@ -68,7 +68,8 @@ class Sampler:
         chunk: samples at a time; a larger call is cut into equal chunks. None takes all at once.
         conditioning_budget: bytes for the conditioning rows computed ahead; 0 leaves them to the
             model in every step.
-        graph: replay a CUDA graph of the step; None does where the model is on a GPU.
+        graph: replay a CUDA graph of the step; None does where the model is on a GPU, without
+            forward hooks and outside autocast, True is an error elsewhere.
         native: whether `fastdit.NativeForward` runs in the model's place: None where it fits (CPUs,
             float32), True or an error, False never.
         quantize: `"int8"` multiplies in 8 bits there; None does not.

@@ -7,6 +7,7 @@
 //   norm | dots <seed> <rows> <columns> <depth> <beyond>
 //
 // `extremes` makes every weight and activation the largest there is; `beyond` reads a row too many.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -80,27 +81,35 @@ double finished(const Gemm& g, int64_t r, int64_t c, double sum, float before) {
   return 0;
 }
 
-// Runs block(row, row_end, panel, panel_end, beside) over C in four parts, with a quarter of a layer's
-// modulations beside each: six vectors, of which the second and the fifth are stored as 1 + value.
-template <class Block>
-bool in_parts(int64_t rows, int64_t columns, Block block) {
-  const int64_t panels = (columns + isa::kPanel - 1) / isa::kPanel, width = 7, depth = rows + 1;
-  const int64_t samples = columns % 6 + 1, stride = width + 2;
-  Dots d{floats(samples * depth), floats(6 * width * depth), floats(6 * width),
-         floats(samples * 6 * stride), 6 * stride, samples, depth, false, width, stride};
-  const DotsPart all{&d, 0, 6 * width};
-  for (int64_t i = 0; i < 2; ++i)
-    for (int64_t j = 0; j < 2; ++j)
-      block(rows * i / 2, rows * (i + 1) / 2, panels * j / 2, panels * (j + 1) / 2,
-            all.part(2 * i + j, 2 * i + j + 1, 4));
-  for (int64_t r = 0; r < samples; ++r)
-    for (int64_t c = 0; c < 6 * width; ++c) {
-      double sum = d.bias[c] + (c / width % 3 == 1);
-      for (int64_t k = 0; k < depth; ++k) sum += double(d.a[r * depth + k]) * d.w[c * depth + k];
-      const float got = d.out[r * d.out_stride + c / width * stride + c % width];
-      if (!close(got, sum, 1 + std::sqrt(depth))) return false;
+Dots few_rows(int64_t rows, int64_t columns, int64_t depth) {
+  return {floats(rows * depth), floats(columns * depth), floats(columns), floats(rows * columns),
+          columns, rows, depth, false};
+}
+
+bool right(const Dots& d) {
+  for (int64_t r = 0; r < d.rows; ++r)
+    for (int64_t c = 0; c < d.out_stride; ++c) {
+      double sum = d.bias[c];
+      for (int64_t k = 0; k < d.depth; ++k)
+        sum += double(d.a[r * d.depth + k]) * d.w[c * d.depth + k];
+      if (!close(d.out[r * d.out_stride + c], sum, 1 + std::sqrt(d.depth))) return false;
     }
   return true;
+}
+
+// Runs block(row, row_end, panel, panel_end, beside) over C in up to four parts, and a product of few
+// rows at the same time. Whether that is right.
+template <class Block>
+bool in_parts(int64_t rows, int64_t columns, Block block) {
+  const int64_t panels = (columns + isa::kPanel - 1) / isa::kPanel;
+  const Dots dots = few_rows(2, columns, 9);
+  const DotsPart all{&dots, 0, columns};
+  const int64_t parts = std::min<int64_t>(2, rows);  // none of them empty
+  for (int64_t i = 0; i < parts; ++i)
+    for (int64_t j = 0; j < 2; ++j)
+      block(rows * i / parts, rows * (i + 1) / parts, panels * j / 2, panels * (j + 1) / 2,
+            all.part(2 * i + j, 2 * i + j + 1, 2 * parts));
+  return right(dots);
 }
 
 int gemm(const long long* n) {
@@ -150,27 +159,28 @@ int int8(const long long* n) {
   if (!in_parts(rows, columns, [&](auto... part) { isa::gemm_int8_block(g, part...); })) return 1;
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t c = 0; c < columns; ++c) {
-      double sum = 0;  // of what the rounded numbers stand for
+      double sum = 0, either = 0;  // of what the rounded numbers stand for; of halves, one step
       for (int64_t k = 0; k < depth; ++k) {
         const double w = std::rint(weight[c * depth + k] * (1 / scale[c])) * scale[c];
-        const double level = std::rint(x[r * depth + k] * (1 / a_scale[r]) + zero[r]);
-        sum += (std::fmin(std::fmax(level, 0), 255) - zero[r]) * a_scale[r] * w;
+        const double exact = double(x[r * depth + k]) * (1 / a_scale[r]) + zero[r];
+        const double level = std::fmin(std::fmax(std::rint(exact), 0), 255);
+        sum += (level - zero[r]) * a_scale[r] * w;
+        if (std::fabs(exact - std::floor(exact) - 0.5) < 1e-4) either += a_scale[r] * std::fabs(w);
       }
-      // A level at a half may round to either side.
-      if (!close(g.g.c[r * g.g.c_stride + c], sum + g.g.bias[c], 1 + depth + 1e3 * scale[c]))
+      if (!close(g.g.c[r * g.g.c_stride + c], sum + g.g.bias[c], 1 + depth + 1e5 * either))
         return 1;
     }
   return 0;
 }
 
 int attention(const long long* n) {
-  const int64_t samples = n[1], width = n[3] * n[4], all = samples * n[2];
+  const int64_t samples = n[1], width = n[3] * n[4];
   Attention a;
   a.tokens = n[2], a.heads = n[3], a.head_dim = n[4], a.parts = n[5];
-  a.queries = a.tokens;
+  a.query = n[0] % 2 * a.tokens / 3, a.queries = a.tokens - a.query;
   a.qkv_stride = 3 * width + 5, a.out_stride = width + 3;
-  a.qkv = floats(extent(all, a.qkv_stride, 3 * width));
-  a.out = floats(extent(all, a.out_stride, width));
+  a.qkv = floats(extent(samples * a.tokens, a.qkv_stride, 3 * width));
+  a.out = floats(extent(samples * a.queries, a.out_stride, width));
   int64_t count;
   isa::attention_scratch(a, count);
   float* scratch = array<float>(count);
@@ -178,10 +188,11 @@ int attention(const long long* n) {
   isa::attention_items(a, 0, items / 2, scratch);
   isa::attention_items(a, items / 2, items, scratch);
   std::vector<double> weights(a.tokens);
-  for (int64_t row = 0; row < all; ++row)
+  for (int64_t row = 0; row < samples * a.queries; ++row)
     for (int64_t h = 0; h < a.heads; ++h) {
-      const float* q = a.qkv + row * a.qkv_stride + h * a.head_dim;
-      const float* k = a.qkv + row / a.tokens * a.tokens * a.qkv_stride + h * a.head_dim + width;
+      const float* sample = a.qkv + row / a.queries * a.tokens * a.qkv_stride + h * a.head_dim;
+      const float* q = sample + (a.query + row % a.queries) * a.qkv_stride;
+      const float* k = sample + width;
       double total = 0;
       for (int64_t m = 0; m < a.tokens; ++m) {
         double score = 0;
@@ -221,16 +232,10 @@ int norm(const long long* n) {
 
 int dots(const long long* n) {
   const int64_t rows = n[1], columns = n[2], depth = n[3];
-  Dots d{floats(rows * depth), floats(columns * depth), floats(columns),
-         floats(rows * columns), columns, rows, depth, false};
+  const Dots d = few_rows(rows, columns, depth);
   isa::dots_columns(d, 0, columns / 2);
   isa::dots_columns(d, columns / 2, columns + n[4]);
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = 0; c < columns; ++c) {
-      double sum = d.bias[c];
-      for (int64_t k = 0; k < depth; ++k) sum += double(d.a[r * depth + k]) * d.w[c * depth + k];
-      if (!close(d.out[r * columns + c], sum, 1 + std::sqrt(depth))) return 1;
-    }
+  if (!right(d)) return 1;
   isa::silu_floats(d.out, rows * columns);
   return 0;
 }

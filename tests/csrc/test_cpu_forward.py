@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-FLAGS = (*compilers.SANITIZERS, "-O0", "-Wno-psabi", "-Wno-stringop-overread")
+FLAGS = (*compilers.SANITIZERS, *compilers.QUICK)
 
 sizes = st.integers(1, 70)
 calls = st.one_of(

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 KERNELS = sorted(path.name for path in (compilers.CSRC / "cpu/isa").glob("*.cpp"))
 OPS = ("adaln", "gated_adaln", "bias_gelu", "glu", "gated_residual")
-# Without optimisation: compiling takes 7 s instead of 30.
-FLAGS = (*compilers.SANITIZERS, "-O0", "-Wno-psabi", "-Wno-stringop-overread")
+FLAGS = (*compilers.SANITIZERS, *compilers.QUICK)
 
 # <op> <seed> <batch> <tokens> <width> <types of x, y, modulation> <gap between rows> <options>
 calls = st.tuples(
@@ -70,8 +69,7 @@ def test_the_sanitizer_would_tell():
 @pytest.mark.parametrize("op", OPS)
 def test_threads_share_no_row_that_they_write(op):
     """Pieces and samples, a thread each, under ThreadSanitizer; pieces that overlap are a race."""
-    flags = ("-O0", "-g", "-fsanitize=thread", "-Wno-psabi", "-Wno-stringop-overread")
-    program = compilers.compile_host("cpu_rows.cpp", *flags)
+    program = compilers.compile_host("cpu_rows.cpp", "-fsanitize=thread", *compilers.QUICK)
     options = (0, 7, 32 + 64 + 7, 128 + 32)
     run(
         program,

@@ -10,12 +10,7 @@
 
 #include "cpu/diffusion_step_chunks.h"
 
-// The loop behind it carries nothing from one element to another.
-#if defined(__clang__)
-#define FASTDIT_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
-#else
-#define FASTDIT_INDEPENDENT _Pragma("GCC ivdep")
-#endif
+#include "cpu/isa/exp.h"
 
 namespace fastdit::FASTDIT_ISA {
 namespace {
@@ -180,26 +175,31 @@ void draw(const NoiseKey& key, int64_t first, int count, float* __restrict to) {
 
 enum Sigma { kNone, kFixed, kLearned };
 
+// One chunk, in vectors. A result may be x, z or previous: each is read before it is written there.
+// The learned deviation sigma·exp(½(f·max_log + (1 − f)·min_log)) with f = (v + 1)/2 is
+// sigma·2^(slope·v + centre), half of the instructions.
 template <Sigma kSigma, bool kPrevious>
-struct Update {
-  StepRow row;
-  float clip;
-
-  // A result may be x, z or previous: element by element, so the loop is one of vectors all the same.
-  void operator()(int count, const float* x, const float* e, const float* v, const float* z,
-                  const float* previous, float* next, float* x0) const {
-    FASTDIT_INDEPENDENT
-    for (int i = 0; i < count; ++i) {
-      const float predicted = predicted_x0(row, x[i], e[i], clip);
-      float value = next_mean(row, x[i], predicted);
-      if constexpr (kPrevious) value += row.cp * previous[i];
-      if constexpr (kSigma == kFixed) value += row.sigma * z[i];
-      if constexpr (kSigma == kLearned) value += learned_sigma(row, v[i]) * z[i];
-      x0[i] = predicted;
-      next[i] = value;
+FLATTEN void update(const StepRow& row, float clip, int count, const float* x, const float* e,
+                    const float* v, const float* z, const float* previous, float* next,
+                    float* x0) {
+  constexpr double kQuarter = 0.25 * 1.4426950408889634;
+  const Vec slope = all(float(kQuarter * (double(row.max_log) - row.min_log)));
+  const Vec centre = all(float(kQuarter * (double(row.max_log) + row.min_log)));
+  const Vec sigma = all(row.sigma), limit = all(clip);
+  sweep<2>(count, [&](int64_t i, auto part, int) {
+    const Vec at = load(x + i, part);
+    const Vec predicted = max(min(unclamped_x0(row, at, load(e + i, part)), limit), -limit);
+    Vec value = next_mean(row, at, predicted);
+    if constexpr (kPrevious) value = muladd(all(row.cp), load(previous + i, part), value);
+    if constexpr (kSigma == kFixed) value = muladd(sigma, load(z + i, part), value);
+    if constexpr (kSigma == kLearned) {
+      const Vec power = any_power_of_two(muladd(slope, load(v + i, part), centre));
+      value = muladd(sigma * power, load(z + i, part), value);
     }
-  }
-};
+    store(x0 + i, predicted, part);
+    store(next + i, value, part);
+  });
+}
 
 template <Sigma kSigma, bool kPrevious>
 void step_chunk(const StepCall& call, int64_t sample, int64_t first, int count) {
@@ -222,7 +222,7 @@ void step_chunk(const StepCall& call, int64_t sample, int64_t first, int count) 
   if constexpr (kPrevious) previous = fetch(call.previous, storage, at, count, buffer[6]);
   float* next = results(call.next, storage, at, buffer[7]);
   float* x0 = call.x0 ? results(call.x0, storage, at, buffer[8]) : buffer[8];
-  Update<kSigma, kPrevious>{row, call.clip}(count, x, e, v, z, previous, next, x0);
+  update<kSigma, kPrevious>(row, call.clip, count, x, e, v, z, previous, next, x0);
   finish(call.next, storage, at, count, next);
   if (call.x0) finish(call.x0, storage, at, count, x0);
 }

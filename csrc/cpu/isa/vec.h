@@ -88,6 +88,16 @@ INLINE Vec muladd(Vec a, Vec b, Vec c) {
 #endif
 }
 
+// `v`, which the compiler then keeps in a register instead of loading it again.
+INLINE Vec in_register(Vec v) {
+#if defined(__AVX512F__) && FASTDIT_LANES == 16
+  asm("" : "+v"(v));
+#elif defined(__AVX2__) && FASTDIT_LANES == 8
+  asm("" : "+x"(v));
+#endif
+  return v;
+}
+
 // The part of a row that one vector covers: all of its lanes, or the first `lanes` of them.
 struct Full {
   static constexpr int lanes = L;
