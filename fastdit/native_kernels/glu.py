@@ -5,22 +5,17 @@ from __future__ import annotations
 from fastdit.native_kernels.rows import kernel
 from fastdit.ops import _library
 
-
-def _least(up, bias, differentiated: bool) -> int:
-    """Elements of x from which a call is faster than eager's two to five ops, forward and backward
-    together where it is differentiated. (One thread, AVX-512; benchmarks/bench_glu.py.)"""
-    if bias is not None:
-        return 4096 if differentiated else 0
-    return 32768 if differentiated or up is not None else 16384
+WORTH_A_NODE, WORTH_A_NODE_WITHOUT_BIAS = 1024, 8192
+"""Elements of x from which a differentiated call is faster than eager, forward and backward
+together. Without gradients the way to eager costs a small call more than the kernel itself, 11 µs
+against 7. (One thread, AVX-512; benchmarks/bench_glu.py.)"""
 
 
 def _slower(x, up, bias, *options) -> str | None:
-    differentiated = _library.differentiates((x, up, bias))
-    least = _least(up, bias, differentiated)
-    if x.numel() >= least:
+    least = WORTH_A_NODE_WITHOUT_BIAS if bias is None else WORTH_A_NODE
+    if x.numel() >= least or not _library.differentiates((x, up, bias)):
         return None
-    how = "differentiated, eager" if differentiated else "eager"
-    return f"x has {x.numel()} elements; {how} PyTorch is faster below {least}"
+    return f"x has {x.numel()} elements; differentiated, eager PyTorch is faster below {least}"
 
 
-KERNELS = (kernel("glu", checks_arguments=True, slower=_slower), kernel("glu_backward"))
+KERNELS = (kernel("glu", slower=_slower), kernel("glu_backward"))

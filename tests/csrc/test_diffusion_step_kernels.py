@@ -41,6 +41,14 @@ def test_cuda_kernels_under_sanitizers():
     assert "0 failures" in compilers.run_host("diffusion_step_cuda.cpp", *compilers.SANITIZERS)
 
 
+def test_no_two_blocks_of_a_cuda_grid_write_one_element():
+    """ThreadSanitizer, and nothing by which the threads of these kernels could cooperate."""
+    sources = "".join(path.read_text() for path in (compilers.CSRC / "cuda").glob("*.cu*"))
+    assert not re.search(r"__shared__|__sync|__shfl|atomic|cooperative", sources)
+    flags = ("-fsanitize=thread", *compilers.QUICK)
+    assert "0 failures" in compilers.run_host("diffusion_step_cuda.cpp", *flags)
+
+
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
 def test_cpu_loops_under_sanitizers(isa):
     if isa not in compilers.ISAS:
