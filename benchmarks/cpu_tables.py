@@ -17,11 +17,12 @@ import importlib
 import re
 import time
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from harness.measure import MEASURED, measure
-from harness.op_benchmark import TINY, XL, OpBenchmark
+from harness.op_benchmark import TINY, XL
 from harness.problem import COMPILE, COPY, EAGER, OURS, Case, Problem
 
 from fastdit import ops
@@ -46,7 +47,7 @@ RESULTS = {
 def cases() -> list[Case]:
     """Large ones first, float32."""
     found = [
-        with_given(case, importlib.import_module(f"bench_{op}").BENCHMARK)
+        with_given(case, importlib.import_module(f"bench_{op}"))
         for op in OPS
         for case in importlib.import_module(f"bench_{op}").cases("cpu")
     ]
@@ -56,7 +57,7 @@ def cases() -> list[Case]:
     return found + [case for case in steps if case.size in SIZES]
 
 
-def with_given(case: Case, benchmark: OpBenchmark) -> Case:
+def with_given(case: Case, benchmark: ModuleType) -> Case:
     """The case with a column for results written into given tensors, where the op does so."""
     sizes = {size.name: size for size in (XL, TINY)}
     if case.what != "forward" or case.name not in RESULTS or case.size not in sizes:
