@@ -378,6 +378,28 @@ def test_a_kernel_that_takes_out_is_given_it(op):
 
 
 @every_op
+def test_a_backward_notices_a_kernel_that_pytorch_does_not_see(op):
+    """A Triton kernel writes to an address: the version counter is told, or nobody would be."""
+    args = arguments(op)
+    (own, *_rest) = backends.kernels_for(op, "cpu") or [None]
+    if own is None:
+        pytest.skip("no compiled library")
+
+    def run(*schema_args, out=None):
+        made = tensors(own.run(*schema_args))
+        for to, value in zip(tensors(out), made, strict=False):
+            to.data.copy_(value)
+        return (out, *made[1:]) if op == "adaln" else out
+
+    kernel = dataclasses.replace(own, run=run, direct=None, takes_out=True)
+    outs = empty(op, args)
+    before = [out._version for out in outs]
+    with backends.replaced(op, "cpu", [kernel]):
+        call(op, **args, out=as_out(outs))
+    assert all(out._version > old for out, old in zip(outs, before, strict=True))
+
+
+@every_op
 def test_explain_takes_it(op):
     args = arguments(op)
     (choice,) = fastdit.explain(op, **args, out=as_out(empty(op, args)))
