@@ -40,6 +40,7 @@ HEADLINES = (  # level, a case's name, pass and size; and what to call it
     ("op", "gated_adaln, forward: XL/2, B2, fp32", "`gated_adaln`"),
     ("op", "gated_adaln, backward: XL/2, B2, fp32", "`gated_adaln`, its gradient"),
     ("op", "bias_gelu, forward: XL/2, B2, fp32", "`bias_gelu`"),
+    ("op", "glu, forward: XL/2, B2, fp32", "`glu` (SwiGLU)"),
     ("op", "patch_embed, forward: XL/2, B2, fp32", "`patch_embed`"),
     ("sampler", "sampler step, ddpm, noise given: 1x4x32x32, fp32", "a DDPM step, one latent"),
     ("model", "model, forward: digits, 6x192, B2, fp32", "a DiT of 6 blocks, 16 tokens"),
