@@ -75,6 +75,18 @@ def _ordinary(args: tuple[Any, ...]) -> bool:
     return True
 
 
+def _graphed(kernel: backends.Kernel, args: tuple[Any, ...]) -> bool:
+    """Whether torch.compile should have the kernel's own op in its graph, in place of fastdit's,
+    which is a function in Python and takes 20 µs more a call. Not where autograd has to see the
+    call, nor in an exported program, which is to run on machines with other kernels."""
+    return (
+        isinstance(kernel.run, torch._ops.OpOverload)
+        and torch.compiler.is_dynamo_compiling()
+        and not torch.compiler.is_exporting()
+        and not differentiates(args)
+    )
+
+
 class Definition:
     """`torch.ops.fastdit.<name>`: the chosen kernel, else `reference`, never autocast.
 
@@ -310,4 +322,6 @@ class Op:
             and _transformed()
         ):
             return self.reference(*args)
+        if _graphed(chosen, args):
+            return self._returned(chosen.run(*args))
         return self._returned(self.overload(*args))
