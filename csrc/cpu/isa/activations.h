@@ -16,13 +16,9 @@ namespace fastdit::FASTDIT_ISA {
 
 // e^−x for 0 ≤ x ≤ 87.3, to an ulp or two of 1, as gelu.h has it.
 INLINE Vec falling(Vec x) {
-  const Vec high = all(0x1.715476p+0f), low = all(0x1.4ae0cp-26f);  // log₂e
-  const Vec shifter = all(0x1.8p23f / (1 << kFraction));
-  const Vec shifted = muladd(x, high, shifter), n = shifted - shifter;
-  const Vec g = muladd(-x, low, muladd(-x, high, n));
-  const Bits bits = (Bits)shifted;
-  const Vec power = (Vec)(root(bits) - (bits << (23 - kFraction)));
-  return muladd(power * g, exponential_rest(g), power);
+  const Vec high = all(0x1.715476p+0f / kUnit), low = all(0x1.4ae0cp-26f / kUnit);  // log₂e
+  const Vec shifted = muladd(x, high, all(kShifter)), n = shifted - all(kShifter);
+  return power(shifted, submul(submul(n, x, high), x, low)).value();
 }
 
 // `e` where |z| is up to `limit`, else 0; NaN stays.
@@ -55,7 +51,7 @@ struct Silu {
 template <bool exact>
 struct GeluTanh {
   static INLINE Vec tail(Vec z, Vec a) {
-    const Vec e = up_to(kLimit, z, exponential<exact>(a, a * a));
+    const Vec e = up_to(kLimit, z, exponential<exact>(a).value());
     return quotient(e, e + 1);
   }
   static INLINE Vec clamped(Vec z) { return min(magnitude(z), all(kLimit)); }

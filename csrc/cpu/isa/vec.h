@@ -88,6 +88,17 @@ INLINE Vec muladd(Vec a, Vec b, Vec c) {
 #endif
 }
 
+// c − a·b, rounded as muladd rounds. The compiler does not see that −a needs no instruction of its own.
+INLINE Vec submul(Vec c, Vec a, Vec b) {
+#if defined(__AVX512F__) && FASTDIT_LANES == 16
+  return (Vec)_mm512_fnmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__) && FASTDIT_LANES == 8
+  return (Vec)_mm256_fnmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return muladd(-a, b, c);
+#endif
+}
+
 // `v`, which the compiler then keeps in a register instead of loading it again.
 INLINE Vec in_register(Vec v) {
 #if defined(__AVX512F__) && FASTDIT_LANES == 16
@@ -169,6 +180,11 @@ INLINE Vec load(const T* from, Tail part) {  // the absent lanes are zero
 template <class T>
 INLINE void prefetch(const T* from, int64_t ahead) {
   __builtin_prefetch(reinterpret_cast<const void*>(uintptr_t(from) + ahead * sizeof(T)));
+}
+
+template <class T>
+INLINE void prefetch_result(T* to, int64_t ahead) {  // to be written to
+  __builtin_prefetch(reinterpret_cast<void*>(uintptr_t(to) + ahead * sizeof(T)), 1);
 }
 
 // ---- float to storage, to nearest even ---------------------------------------------------------
