@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fastdit.native_kernels.direct import direct_call
 from fastdit.native_kernels.rows import kernel
 from fastdit.ops import _library
 
@@ -18,4 +19,7 @@ def _slower(x, up, bias, *options) -> str | None:
     return f"x has {x.numel()} elements; differentiated, eager PyTorch is faster below {least}"
 
 
-KERNELS = (kernel("glu", slower=_slower), kernel("glu_backward"))
+KERNELS = (
+    kernel("glu", direct=direct_call("glu"), slower=_slower),
+    kernel("glu_backward"),
+)
