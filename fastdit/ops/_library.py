@@ -260,10 +260,11 @@ class Op:
         if out is not None:
             return self.into(out, args)
         if known:
-            if args[0].numel() < backends.differentiated_from[self.name]:
+            kernel = backends.kernels_for(self.name, "cpu")[0]
+            few = args[0].numel() < backends.differentiated_from[self.name]
+            if few and kernel.slower(*args) is not None:
                 return self.reference(*args)
-            run = backends.kernels_for(self.name, "cpu")[0].run
-            return self._returned(self._apply(run, "cpu", *args))
+            return self._returned(self._apply(kernel.run, "cpu", *args))
         if torch.compiler.is_compiling() or not isinstance(args[0], Tensor) or not _ordinary(args):
             return self(*self.checks(*args))
         device = args[0].device.type
