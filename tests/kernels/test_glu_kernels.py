@@ -345,9 +345,8 @@ def test_a_given_tensor_is_what_the_kernel_writes(which, tuned, monkeypatch):
     out = {"gate": gate, "up": up}.get(which, torch.full_like(gate, torch.nan))
     monkeypatch.setitem(tuning._state, "enabled", tuned)
     warned = pytest.warns(RuntimeWarning, match="no GPU") if tuned else contextlib.nullcontext()
-    with patch_cases.on_the_cpu("glu") as gpu:
-        with warned:
-            want = fastdit.ops.glu(*args)
+    with patch_cases.on_the_cpu("glu") as gpu, warned:
+        want = fastdit.ops.glu(*args)
         assert fastdit.ops.glu(*args, out=out) is out
     assert torch.equal(out, want)
     written = [launch.arguments["out_ptr"].data_ptr() == out.data_ptr() for launch in gpu.launches]
