@@ -40,6 +40,7 @@ RESULTS = {
     "gated_residual": lambda x, *_rest: x,
     "gated_adaln": lambda x, *_rest: (x, torch.empty_like(x)),
     "bias_gelu": lambda x, *_rest: torch.empty_like(x),
+    "glu": lambda x, *_rest: torch.empty_like(x[..., x.shape[-1] // 2 :]),
 }
 """Where the ops write in the column `GIVEN`: the stream is replaced, as in inference."""
 

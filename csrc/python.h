@@ -14,6 +14,7 @@ struct PythonMethod {  // PyMethodDef
   int flags;
   const char* documentation;
 };
+constexpr int kEqual = 2;  // Py_EQ
 constexpr int kKeywords = 0x02, kNoArguments = 0x04, kOneArgument = 0x08, kFastCall = 0x80;  // METH_
 
 struct Python {
@@ -27,6 +28,7 @@ struct Python {
   PyObject* (*PyObject_CallMethodObjArgs)(PyObject* object, PyObject* name, ...);
   PyObject* (*PyObject_GetAttr)(PyObject* object, PyObject* name);
   PyObject* (*PyObject_Type)(PyObject*);
+  int (*PyObject_RichCompareBool)(PyObject*, PyObject*, int operation);
   PyObject* (*PyTuple_New)(long count);
   int (*PyTuple_SetItem)(PyObject*, long, PyObject* stolen);
   PyObject* (*PyTuple_GetItem)(PyObject*, long);
@@ -56,7 +58,9 @@ struct Python {
            look_up(PyObject_CallFunctionObjArgs, "PyObject_CallFunctionObjArgs") &&
            look_up(PyObject_CallMethodObjArgs, "PyObject_CallMethodObjArgs") &&
            look_up(PyObject_GetAttr, "PyObject_GetAttr") &&
-           look_up(PyObject_Type, "PyObject_Type") && look_up(PyTuple_New, "PyTuple_New") &&
+           look_up(PyObject_Type, "PyObject_Type") &&
+           look_up(PyObject_RichCompareBool, "PyObject_RichCompareBool") &&
+           look_up(PyTuple_New, "PyTuple_New") &&
            look_up(PyTuple_SetItem, "PyTuple_SetItem") &&
            look_up(PyTuple_GetItem, "PyTuple_GetItem") && look_up(PyTuple_Pack, "PyTuple_Pack") &&
            look_up(PyTuple_Size, "PyTuple_Size") &&

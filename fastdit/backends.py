@@ -51,7 +51,7 @@ class Kernel:
     takes the same and returns why it cannot run them, or None if it can; `slower` takes the same
     and returns why `auto` should pass it over for a faster implementation, or None. A `run` that
     `checks_arguments` raises for wrong ones before it touches them. Where it has a `direct` call,
-    `auto` passes it over for differentiated ones of fewer elements than `differentiated_from`.
+    `auto` asks `slower` of differentiated ones of fewer elements than `differentiated_from` alone.
     Where it `takes_out`, `run` also takes `out=`, a tensor or None for each public result, and
     returns these or new ones.
     """
@@ -89,7 +89,7 @@ behind them or not, the public function's `out`. It returns None where the ordin
 decide, or NotImplemented where only autograd has to see it. Where there is none, a function that
 does only the first."""
 differentiated_from: dict[str, int] = dict.fromkeys(OPS, 0)
-"""The elements from which that kernel runs a differentiated call, under the backend asked for."""
+"""The elements from which that kernel runs any differentiated call, under the backend asked for."""
 
 
 class _Setting:

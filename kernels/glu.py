@@ -27,25 +27,23 @@ from torch import Tensor
 
 from fastdit.backends import Kernel
 from fastdit.kernels import launch, partials, tuning
-from fastdit.kernels.bias_gelu import CUBIC, LINEAR, SLOPE, Tile, gelu
+from fastdit.kernels.bias_gelu import (
+    BACKWARD_CANDIDATES,
+    CUBIC,
+    FORWARD,
+    FORWARD_CANDIDATES,
+    LINEAR,
+    SLOPE,
+    Tile,
+    gelu,
+)
 
 LOG2E = tl.constexpr(1.4426950408889634)
 DENSITY = tl.constexpr(0.3989422804014327)  # 1/√(2π)
 
-FORWARD = {2: Tile(2048, 512, 4), 4: Tile(1024, 512, 4)}
-BACKWARD = {2: Tile(1024, 512, 4, programs=512), 4: Tile(1024, 512, 4, programs=512)}
-FORWARD_CANDIDATES = [
-    Tile(elements, columns, warps)
-    for elements, columns, warps in (
-        (1024, 512, 4),
-        (2048, 512, 4),
-        (4096, 512, 8),
-        (2048, 1024, 4),
-    )
-]
-BACKWARD_CANDIDATES = [
-    Tile(elements, 512, 4, programs) for elements in (1024, 2048) for programs in (512, 1024, 2048)
-]
+# Forward and to choose from, the tiles of `bias_gelu`; backward its two sums take the registers of
+# half the programs.
+BACKWARD = {size: Tile(1024, 512, 4, programs=512) for size in (2, 4)}
 
 
 @triton.jit
@@ -199,11 +197,12 @@ class _Inputs:
 
 
 def glu(
-    x: Tensor, up: Tensor | None, bias: Tensor | None, activation: str, gate_first: bool
-) -> Tensor:
-    """The schema op's forward: reads gate and up, writes out."""
+    x: Tensor, up: Tensor | None, bias: Tensor | None, activation: str, gate_first: bool,
+    out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The schema op's forward: reads gate and up, writes out, a given one or its own."""
     width = x.shape[-1] // 2 if up is None else x.shape[-1]
-    out = torch.empty((*x.shape[:-1], width), dtype=x.dtype, device=x.device)
+    out = launch.result(x, out, (*x.shape[:-1], width))
     if out.numel() == 0:
         return out
     inputs = _Inputs.of(x, up, bias, gate_first)
@@ -271,6 +270,6 @@ def _unsupported_backward(dout, *args) -> str | None:
 
 
 KERNELS = (
-    Kernel("glu", "cuda", "triton", glu, _unsupported),
+    Kernel("glu", "cuda", "triton", glu, _unsupported, takes_out=True),
     Kernel("glu_backward", "cuda", "triton", glu_backward, _unsupported_backward),
 )

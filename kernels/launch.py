@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -37,11 +38,12 @@ def _arch_of_index(index: int | None) -> int | str:
         return triton.runtime.driver.active.get_current_target().arch
 
 
-def result(x: Tensor, out: Tensor | None) -> Tensor:
-    """Where a kernel writes a result like `x`: to `out` if one is given. With autotuning on, which
-    repeats a launch, to a new tensor all the same, for `out` may be what the kernel reads."""
+def result(x: Tensor, out: Tensor | None, shape: Sequence[int] | None = None) -> Tensor:
+    """Where a kernel writes a result like `x`, of `shape` if that differs: to `out` if one is
+    given. With autotuning on, which repeats a launch, to a new tensor all the same, for `out` may
+    be what the kernel reads."""
     if out is None or tuning.enabled():
-        return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        return torch.empty(x.shape if shape is None else shape, dtype=x.dtype, device=x.device)
     return out
 
 

@@ -10,12 +10,18 @@ from torch import Tensor
 from fastdit import ops
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-OPS = ("adaln", "gated_residual", "gated_adaln", "bias_gelu", "diffusion_step")
+OPS = (
+    *("adaln", "gated_residual", "gated_adaln", "bias_gelu"),
+    *("glu, packed", "glu, apart", "diffusion_step"),
+)
+"""An op, and behind a comma which of its calls, if they differ in what a result may replace."""
 TAKEN = {
     "adaln": ("x",),
     "gated_residual": ("x", "y"),
     "gated_adaln": ("x", "y"),
     "bias_gelu": ("x",),
+    "glu, packed": (),
+    "glu, apart": ("x", "up"),
     "diffusion_step": ("x", "noise", "x0_previous"),
 }
 """The arguments that a result may replace."""
@@ -45,11 +51,23 @@ def arguments(op: str, stream=torch.float32, other=None, per_token=False) -> dic
         "gated_residual": {"x": x, "y": y, "gate": gate},
         "gated_adaln": {"x": x, "y": y, "gate": gate, "shift": shift, "scale": scale},
         "bias_gelu": {"x": x, "bias": bias},
+        "glu, packed": {
+            "x": plain(B, N, 2 * D, dtype=stream),
+            "bias": plain(2 * D, dtype=other, seed=4),
+            "activation": "gelu",
+            "gate_first": False,
+        },
+        "glu, apart": {"x": x, "up": plain(B, N, D, dtype=stream, seed=1)},
     }[op]
 
 
+def named(op: str) -> str:
+    """The op's own name."""
+    return op.partition(",")[0]
+
+
 def call(op: str, **kwargs) -> Tensor | tuple[Tensor, ...]:
-    return getattr(ops, op)(**kwargs)
+    return getattr(ops, named(op))(**kwargs)
 
 
 def tensors(result) -> tuple[Tensor, ...]:
@@ -64,8 +82,15 @@ def as_out(outs: tuple[Tensor, ...]):
     return outs[0] if len(outs) == 1 else outs
 
 
+def shape(op: str, args: dict) -> torch.Size:
+    """Each result's."""
+    size = args["x"].shape
+    return torch.Size((*size[:-1], size[-1] // 2)) if op == "glu, packed" else size
+
+
 def empty(op: str, args: dict) -> tuple[Tensor, ...]:
-    return tuple(torch.full_like(args["x"], torch.nan) for _ in range(results(op)))
+    x, size = args["x"], shape(op, args)
+    return tuple(x.new_full(size, torch.nan) for _ in range(results(op)))
 
 
 def returned(op: str, args: dict) -> tuple[Tensor, ...]:

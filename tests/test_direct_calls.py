@@ -32,10 +32,11 @@ def arguments(op: str, dtype=torch.float32) -> tuple:
         "gated_adaln": (x, y, gate, None, scale, weight, None, 1e-6, "rms", True),
         "gated_residual": (x, y, gate),
         "bias_gelu": (x, bias),
+        "glu": (x, None, bias, "silu", True),
     }[op]
 
 
-OPS = ("adaln", "gated_adaln", "gated_residual", "bias_gelu")
+OPS = ("adaln", "gated_adaln", "gated_residual", "bias_gelu", "glu")
 every_op = pytest.mark.parametrize("op", OPS)
 
 
@@ -245,7 +246,7 @@ def test_transforms_run_the_reference(op):
 
     for transformed in (
         lambda f: torch.func.jvp(f, (x,), (x.cos(),))[1],
-        lambda f: torch.func.vjp(f, x)[1](x.cos())[0],
+        lambda f: torch.func.vjp(f, x)[1](f(x).cos())[0],
         lambda f: torch.func.grad(lambda x: f(x).square().sum())(x),
         lambda f: torch.vmap(f)(torch.stack([x, x.sin()])),
     ):

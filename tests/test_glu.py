@@ -8,6 +8,7 @@ from op_cases import random
 from torch import nn
 
 import fastdit
+from fastdit import backends
 from fastdit.ops import glu
 
 ACTIVATIONS = {
@@ -16,6 +17,8 @@ ACTIVATIONS = {
     "gelu_tanh": nn.GELU(approximate="tanh"),
 }
 every_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
+
+X, APART = torch.ones(2, 3, 8), (torch.ones(2, 8), torch.ones(2, 8))
 
 
 def plain(*shape, seed=0, dtype=torch.float32):
@@ -112,7 +115,119 @@ def test_small_calls_that_are_differentiated_are_eagers():
     assert fastdit.explain("glu", large.requires_grad_())[0].runs != "reference"
 
 
-X, APART = torch.ones(2, 3, 8), (torch.ones(2, 8), torch.ones(2, 8))
+@pytest.mark.parametrize("rows", [1, 30, 300])
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_differentiated_call_runs_what_explain_tells(rows, biased):
+    """A bias is worth the kernel from fewer elements on than none is."""
+    x, bias = plain(rows, 160).requires_grad_(), plain(160) if biased else None
+    out = glu(x, None, bias)
+    kernel = type(out.grad_fn).__name__ == "gluBackward"
+    assert kernel == (fastdit.explain("glu", x, None, bias)[0].runs == "csrc")
+    assert kernel == (x.numel() >= (2048 if biased else 32768))
+    with fastdit.backend("native"):
+        assert type(glu(x, None, bias).grad_fn).__name__ == "gluBackward"
+
+
+# ---- direct calls, past the dispatcher -----------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def direct():
+    kernels = backends.kernels_for("glu", "cpu")
+    if not kernels or not kernels[0].direct:
+        pytest.skip("no compiled library, or this PyTorch or this Python allows no direct call")
+    return kernels[0].direct
+
+
+@every_activation
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("gate_first", [True, False])
+def test_direct_calls_have_the_ops_bits(direct, activation, dtype, gate_first):
+    """Packed and apart, any bias, in every layout whose rows are one stride apart."""
+    wide, options = plain(3, 4, 50, dtype=dtype), (activation, gate_first)
+    biases = [None, plain(40, seed=1)[::2], plain(20, seed=1, dtype=torch.float16)]
+    for x in (wide[..., 7:27], wide[:1, :1, 7:27].expand(3, 4, 20), wide[0, 0, 7:27], wide[:, :1]):
+        fitting = [b for b in biases if b is None or x.shape[-1] == 20]
+        calls = [(x, None, bias) for bias in fitting]
+        calls += [(*x.chunk(2, -1), None), (x, x.flip(-1), None)] if gate_first else []
+        for args in calls:
+            want = torch.ops.fastdit_native.glu(*args, *options)
+            given = torch.full_like(want, torch.nan)
+            got = direct(*args, *options)
+            assert got.is_contiguous()
+            assert torch.equal(got, want)
+            assert direct(*args, *options, given) is given
+            assert torch.equal(given, want)
+
+
+def test_direct_calls_replace_gate_or_up_where_they_are_two(direct):
+    x, up = plain(3, 4, 10), plain(3, 4, 10, seed=1)
+    want = glu(x, up)
+    for which in range(2):
+        own = [x.clone(), up.clone()]
+        assert direct(*own, None, "silu", True, own[which]) is own[which]
+        assert torch.equal(own[which], want)
+    square = x * torch.nn.functional.silu(x)
+    torch.testing.assert_close(direct(x, x, None, "silu", True, x), square)
+    strided = plain(3, 20)[:, :10]
+    packed = plain(3, 20)
+    for args, out in (
+        ((strided, strided.clone()), strided),  # no dense result
+        ((packed[:, :10], packed[:, 10:]), packed[:, :10]),
+        ((packed, None), packed.view(-1)[:30].view(3, 10)),
+        ((packed, None), packed),
+        ((packed, None), torch.empty(3, 10).double()),
+        ((packed, None), torch.empty(3, 10, requires_grad=True)),
+    ):
+        before = [a.clone() for a in args if a is not None]
+        answer = direct(*args, None, "silu", True, out)
+        assert answer is (NotImplemented if out.requires_grad else None)
+        assert all(map(torch.equal, before, (a for a in args if a is not None)))
+
+
+def test_an_activation_is_known_by_its_letters(direct):
+    spelled = "".join(["gelu", "_", "tanh"])
+    assert torch.equal(direct(X, None, None, spelled, True), glu(X, activation="gelu_tanh"))
+
+
+class Comparing:
+    def __eq__(self, other):
+        raise RuntimeError("no comparison")
+
+    __hash__ = None
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        (X[..., :7], None, None, "silu", True),  # an odd width
+        (X.transpose(0, 1), None, None, "silu", True),  # rows of two strides
+        (X[..., ::2], None, None, "silu", True),  # rows that are not dense
+        (X.double(), None, None, "silu", True),
+        (X[:0], None, None, "silu", True),
+        (torch.ones([1] * 8 + [2]), None, None, "silu", True),
+        (torch.tensor(1.0), None, None, "silu", True),
+        (X, None, torch.ones(4), "silu", True),
+        (X, None, torch.ones(1, 8), "silu", True),
+        (X, X[:1], None, "silu", True),
+        (X, X.bfloat16(), None, "silu", True),
+        (X, X, torch.ones(8), "silu", True),
+        (X, X, None, "silu", False),
+        (X, None, None, "relu", True),
+        (X, None, None, None, True),
+        (X, None, None, Comparing(), True),
+        (X, None, None, "silu", 1),
+        (X, None, None, "silu"),
+        (X, None, None, "silu", True, None, None),
+        (X, None, None, "silu", True, X),
+        (X, None, None, "silu", True, "out"),
+    ],
+)
+def test_direct_calls_refuse_what_they_cannot_do(direct, args):
+    assert direct(*args) is None
+    assert direct(X, None, None, "silu", True) is not None  # no error was left behind
+
+
 WRONG = [
     ((torch.ones(2, 7),), r"x: got \(2, 7\).*allowed is an even last axis"),
     ((torch.ones(2, 8, dtype=torch.int32),), "x: got .*int32.*allowed is a floating-point tensor"),

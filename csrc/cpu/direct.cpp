@@ -121,6 +121,7 @@ PythonMethod methods[] = {
     {"gated_adaln", gated_adaln, kFastCall, nullptr},
     {"gated_residual", gated_residual, kFastCall, nullptr},
     {"bias_gelu", bias_gelu, kFastCall, nullptr},
+    {"glu", glu, kFastCall, nullptr},
     {"unpatchify", unpatchify, kFastCall, nullptr},
     {"diffusion_step", diffusion_step, kFastCall, nullptr},
 };

@@ -26,7 +26,7 @@ extern const dlpack::ExchangeApi* exchange;
 
 // What Python hands over once, in this order; fastdit/native_kernels/direct.py.
 struct Constants {
-  PyObject *none, *left_to_autograd, *yes, *no, *layer, *rms;
+  PyObject *none, *left_to_autograd, *yes, *no, *layer, *rms, *silu, *gelu, *gelu_tanh;
   PyObject *float32, *bfloat16, *float16;  // dtypes
   PyObject *tensor, *parameter, *integer;  // types: of plain tensors, and int
   PyObject *empty_like, *empty_strided;    // the second is private, faster, or None
@@ -202,6 +202,7 @@ PyObject* adaln(PyObject*, PyObject* const* arguments, long count);
 PyObject* gated_adaln(PyObject*, PyObject* const* arguments, long count);
 PyObject* gated_residual(PyObject*, PyObject* const* arguments, long count);
 PyObject* bias_gelu(PyObject*, PyObject* const* arguments, long count);
+PyObject* glu(PyObject*, PyObject* const* arguments, long count);
 PyObject* unpatchify(PyObject*, PyObject* const* arguments, long count);
 PyObject* diffusion_step(PyObject*, PyObject* const* arguments, long count);
 

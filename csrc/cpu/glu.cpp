@@ -9,22 +9,48 @@
 namespace fastdit {
 namespace {
 
-constexpr int64_t kWork = 10;  // elements of the other ops that one of this is worth
+// `data` from element `start`.
+template <class P>
+P from(P data, Type type, int64_t start) {
+  return P(uintptr_t(data) + start * (type == Type::f32 ? 4 : 2));
+}
 
-// The stride between the rows of `t`, all axes but the last; −1 where it is not one number, or the
-// rows are not dense.
-int64_t stride_of_rows(const Tensor& t) {
-  const int64_t last = t.dim() - 1;
-  if (t.stride(last) != 1 && t.size(last) > 1) return -1;
-  int64_t stride = t.size(last), next = -1;
+float* scratch_of(const Glu& a) { return scratch_floats(kGluScratch * scratch_row(a.width)); }
+
+}  // namespace
+
+int64_t stride_of_rows(const int64_t* sizes, const int64_t* strides, int64_t dims) {
+  const int64_t last = dims - 1;
+  if (strides[last] != 1 && sizes[last] > 1) return -1;
+  int64_t stride = sizes[last], next = -1;
   for (int64_t axis = last; axis-- > 0;) {
-    if (t.size(axis) == 1) continue;
-    if (next < 0) next = stride = t.stride(axis);
-    if (t.stride(axis) != next) return -1;
-    next *= t.size(axis);
+    if (sizes[axis] == 1) continue;
+    if (next < 0) next = stride = strides[axis];
+    if (strides[axis] != next) return -1;
+    next *= sizes[axis];
   }
   return stride;
 }
+
+void split(const Glu& a, Strided rows, bool gate_first, Strided& gate, Strided& up) {
+  gate = up = rows;
+  Strided& second = gate_first ? up : gate;
+  second.data = from(rows.data, a.type, a.width);
+}
+
+void split_bias(Glu& a, Modulation bias, bool gate_first) {
+  a.gate_bias = a.up_bias = bias;
+  Modulation& second = gate_first ? a.up_bias : a.gate_bias;
+  if (bias) second.data = from(bias.data, bias.type, a.width * bias.inner);
+}
+
+void glu_all(const Glu& a, int64_t rows) {
+  parallel_items(rows, kGluWork * a.width, [&](int64_t begin, int64_t end) {
+    glu_rows(a, begin, end, scratch_of(a));
+  });
+}
+
+namespace {
 
 Activation activation_of(const std::string& name) {
   if (name == "silu") return Activation::silu;
@@ -33,23 +59,14 @@ Activation activation_of(const std::string& name) {
   return Activation::gelu_tanh;
 }
 
-// `width` columns of `rows` from column `start`.
-Strided columns(const Tensor& t, int64_t start, int64_t stride) {
-  return {static_cast<char*>(t.data_ptr()) + start * t.element_size(), stride};
-}
-
-Modulation half(Modulation bias, int64_t start) {
-  if (!bias) return {};
-  const int64_t bytes = bias.type == Type::f32 ? 4 : 2;
-  bias.data = static_cast<const char*>(bias.data) + start * bias.inner * bytes;
-  return bias;
+int64_t stride_of(const Tensor& t) {
+  return stride_of_rows(t.sizes().data(), t.strides().data(), t.dim());
 }
 
 struct Call {
   Tensor x, up;  // with dense rows a uniform stride apart
   Glu a;
   int64_t rows = 0;
-  int64_t gate_at = 0, up_at = 0;  // first columns in a packed x
 
   Call(const Tensor& from, const MaybeTensor& other, const MaybeTensor& bias,
        const std::string& activation, bool gate_first)
@@ -58,23 +75,22 @@ struct Call {
     a.activation = activation_of(activation);
     const int64_t last = x.size(x.dim() - 1);
     a.width = other ? last : last / 2;
+    const Strided first{x.data_ptr(), stride_of(x)};
     if (other) {
       check_up(*other, from);
       STD_TORCH_CHECK(!bias && gate_first, "bias, gate_first: up is a tensor of its own");
+      a.gate = first, a.up = {up.data_ptr(), stride_of(up)};
     } else {
       STD_TORCH_CHECK(last % 2 == 0, "x: wrong shape");
-      (gate_first ? up_at : gate_at) = a.width;
-      const Modulation both = parameter_of(bias, last, "bias");
-      a.gate_bias = half(both, gate_at), a.up_bias = half(both, up_at);
+      split(a, first, gate_first, a.gate, a.up);
+      split_bias(a, parameter_of(bias, last, "bias"), gate_first);
     }
-    a.gate = columns(x, gate_at, stride_of_rows(x));
-    a.up = columns(up, up_at, stride_of_rows(up));
     rows = last ? x.numel() / last : 0;
   }
 
   static Tensor uniform(const Tensor& t) {
     STD_TORCH_CHECK(t.dim() >= 1, "x: wrong shape");
-    return stride_of_rows(t) < 0 ? torch::stable::contiguous(t) : t;
+    return stride_of(t) < 0 ? torch::stable::contiguous(t) : t;
   }
 
   static void check_up(const Tensor& up, const Tensor& x) {
@@ -90,8 +106,6 @@ struct Call {
     shape[x.dim() - 1] = a.width;
     return empty(shape, x.dim(), x.scalar_type());
   }
-
-  float* scratch() const { return scratch_floats(kGluScratch * scratch_row(a.width)); }
 };
 
 Tensor glu(const Tensor& x, const MaybeTensor& up, const MaybeTensor& bias, std::string activation,
@@ -99,9 +113,7 @@ Tensor glu(const Tensor& x, const MaybeTensor& up, const MaybeTensor& bias, std:
   Call call(x, up, bias, activation, gate_first);
   Tensor out = call.result();
   call.a.out = out.data_ptr();
-  parallel_items(call.rows, kWork * call.a.width, [&](int64_t begin, int64_t end) {
-    glu_rows(call.a, begin, end, call.scratch());
-  });
+  glu_all(call.a, call.rows);
   return out;
 }
 
@@ -109,23 +121,23 @@ std::tuple<Tensor, Tensor, Tensor> glu_backward(const Tensor& dout, const Tensor
                                                 const MaybeTensor& up, const MaybeTensor& bias,
                                                 std::string activation, bool gate_first) {
   Call call(x, up, bias, activation, gate_first);
-  const int64_t width = call.a.width;
-  STD_TORCH_CHECK(dout.scalar_type() == x.scalar_type() && dout.numel() == call.rows * width,
+  Glu& a = call.a;
+  STD_TORCH_CHECK(dout.scalar_type() == x.scalar_type() && dout.numel() == call.rows * a.width,
                   "dout: must have the result's shape and x's dtype");
   const Tensor dense = torch::stable::contiguous(dout);
   Tensor dx = dense_like(x), dup = gradient_of(up, x), dbias = gradient_of(bias, x);
-  call.a.dout = dense.data_ptr();
-  call.a.dgate = columns(dx, call.gate_at, up ? width : 2 * width);
-  call.a.dup = up ? columns(dup, 0, width) : columns(dx, call.up_at, 2 * width);
-  ChunkedSums sums(1, call.rows, width, bias ? 2 : 0);
+  a.dout = dense.data_ptr();
+  if (up)
+    a.dgate = {dx.data_ptr(), a.width}, a.dup = {dup.data_ptr(), a.width};
+  else
+    split(a, {dx.data_ptr(), 2 * a.width}, gate_first, a.dgate, a.dup);
+  ChunkedSums sums(1, call.rows, a.width, bias ? 2 : 0);
   sums.run([&](int64_t begin, int64_t end, float* rows) {
-    glu_backward_rows(call.a, begin, end, bias ? rows : nullptr, call.scratch());
+    glu_backward_rows(a, begin, end, bias ? rows : nullptr, scratch_of(a));
   });
-  for (int kind = 0; bias && width && kind < 2; ++kind) {
-    const int64_t start = kind == 0 ? call.gate_at : call.up_at;
-    store_floats(sums.total(0, kind), width, dbias.data_ptr(), start / width,
-                 call.a.gate_bias.type);
-  }
+  for (int kind = 0; bias && a.width && kind < 2; ++kind)
+    store_floats(sums.total(0, kind), a.width, dbias.data_ptr(), (kind == 0) != gate_first,
+                 a.gate_bias.type);
   return {dx, dup, dbias};
 }
 

@@ -35,7 +35,7 @@ def _constants() -> tuple[Any, ...]:
     # What torch.compile's code allocates with, in half of empty_like's time, or None.
     guards = getattr(torch._C._dynamo, "guards", None)
     return (
-        *(None, NotImplemented, True, False, "layer", "rms"),
+        *(None, NotImplemented, True, False, "layer", "rms", "silu", "gelu", "gelu_tanh"),
         *(torch.float32, torch.bfloat16, torch.float16),
         *(torch.Tensor, torch.nn.Parameter, int),
         *(torch.empty_like, getattr(guards, "_empty_strided_cpu", None)),

@@ -197,7 +197,8 @@ class Op:
     how many of them the public function returns.
 
     `out` are the names of the results that the public function takes as `out=`, each like the first
-    argument, and `replaceable` those of the arguments that one of them may be.
+    argument, and `replaceable` those of the arguments that one of them may be. Where they have
+    another shape, `shape` gives it from the schema's arguments.
     """
 
     def __init__(
@@ -212,11 +213,12 @@ class Op:
         returns: int | None = None,
         out: tuple[str, ...] = (),
         replaceable: tuple[str, ...] = (),
+        shape: Callable[..., tuple[int, ...]] | None = None,
     ) -> None:
         self.name = schema.partition("(")[0]
         self.reference = reference
         self.returns = returns
-        self.out, self.replaceable = out, replaceable
+        self.out, self.replaceable, self.shape = out, replaceable, shape
         definition = Definition(schema, saving or reference, fake)
         self.overload = definition.overload
         torch.library.register_autograd(
@@ -258,10 +260,11 @@ class Op:
         if out is not None:
             return self.into(out, args)
         if known:
-            if args[0].numel() < backends.differentiated_from[self.name]:
+            kernel = backends.kernels_for(self.name, "cpu")[0]
+            few = args[0].numel() < backends.differentiated_from[self.name]
+            if few and kernel.slower(*args) is not None:
                 return self.reference(*args)
-            run = backends.kernels_for(self.name, "cpu")[0].run
-            return self._returned(self._apply(run, "cpu", *args))
+            return self._returned(self._apply(kernel.run, "cpu", *args))
         if torch.compiler.is_compiling() or not isinstance(args[0], Tensor) or not _ordinary(args):
             return self(*self.checks(*args))
         device = args[0].device.type
@@ -279,7 +282,8 @@ class Op:
         """The public function's work into the tensors `out`, of arguments that nobody checked yet;
         the first `wanted` of its results, None for all."""
         schema_args = self.checks(*args)
-        outs = _results.given(out, self.out, wanted, schema_args[0])
+        shape = self.shape and self.shape(*schema_args)
+        outs = _results.given(out, self.out, wanted, schema_args[0], shape)
         every = (*schema_args, *outs)
         if differentiates(every):
             _results.refuse_gradients(self.name)

@@ -11,6 +11,7 @@ op makes its result and copies it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,10 +21,14 @@ from fastdit.ops import _checks
 
 
 def given(
-    out: Any, names: tuple[str, ...], wanted: int | None, like: Tensor
+    out: Any,
+    names: tuple[str, ...],
+    wanted: int | None,
+    like: Tensor,
+    shape: Sequence[int] | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """`out` as a tuple of one tensor for each of the results `names`, all like `like`; None behind
-    the first `wanted`.
+    """`out` as a tuple of one tensor for each of the results `names`, all like `like`, of `shape`
+    where that differs; None behind the first `wanted`.
 
     Raises:
         ValueError, TypeError: not as many tensors, or a tensor's shape, dtype, device or layout.
@@ -40,7 +45,7 @@ def given(
                 allowed = f"None where {names[index]} is not wanted"
                 raise TypeError(f"{name}: got {type(tensor).__name__}, allowed is {allowed}")
             continue
-        _checks.like(name, tensor, like)
+        _checks.like(name, tensor, like, shape)
         if not tensor.is_contiguous():
             got = f"{_checks.described(tensor)} with strides {tuple(tensor.stride())}"
             _checks.fail(name, got, "a contiguous tensor")
@@ -86,10 +91,10 @@ def check_apart(
                 and first < end
                 and not (whole and source in replaceable and value.is_contiguous())
             ):
-                own = " or ".join(f"all of a contiguous {other}" for other in replaceable)
-                _checks.fail(
-                    name, f"a tensor that overlaps {source}", f"{own}, or no input's memory"
-                )
+                own = (o for o in replaceable if getattr(inputs[o], "shape", None) == out.shape)
+                own = " or ".join(f"all of a contiguous {other}" for other in own)
+                allowed = f"{own}, or no input's memory" if own else "no input's memory"
+                _checks.fail(name, f"a tensor that overlaps {source}", allowed)
         taken[name] = out
 
 

@@ -15,17 +15,23 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from fastdit import reference
+from fastdit.backends import direct_calls
 from fastdit.ops import _checks
 from fastdit.ops._library import Op, define, gradient_like, present
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 
 
-def _fake(x, up, bias, activation, gate_first):
-    width = x.shape[-1] // 2 if up is None else x.shape[-1]
-    return torch.empty((*x.shape[:-1], width), dtype=x.dtype, device=x.device)
+def _shape(x, up, *_options):
+    """The result's."""
+    return (*x.shape[:-1], x.shape[-1] // 2) if up is None else tuple(x.shape)
+
+
+def _fake(x, up, *_options):
+    return torch.empty(_shape(x, up), dtype=x.dtype, device=x.device)
 
 
 def _setup_context(ctx, inputs, output):
@@ -51,6 +57,9 @@ _glu = Op(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+    out=("out",),
+    replaceable=("x", "up"),
+    shape=_shape,
 )
 
 
@@ -82,6 +91,8 @@ def glu(
     bias: Tensor | None = None,
     activation: str = "silu",
     gate_first: bool = True,
+    *,
+    out: Tensor | None = None,
 ) -> Tensor:
     """act(gate)·up, of one packed projection or of two.
 
@@ -95,13 +106,20 @@ def glu(
         activation: `"silu"` (SwiGLU), `"gelu"` (GEGLU, the exact form) or `"gelu_tanh"`.
         gate_first: whether the gate is the first half of `x`, as in LightningDiT and Flux 2, or the
             second, as in diffusers' `GEGLU` and `SwiGLU`.
+        out: a contiguous tensor for the result, where no gradient is wanted; `x` or `up` themselves
+            where they are two, or memory of no input.
 
     Returns:
-        `(..., H)`, contiguous, in `x`'s dtype.
+        `(..., H)`, contiguous, in `x`'s dtype; `out` if it is given.
 
     Raises:
         ValueError, TypeError: an argument's shape, dtype or device, which is named.
+        RuntimeError: `out` is given and a gradient is wanted.
 
     Source: Shazeer 2020, GLU Variants Improve Transformer.
     """
-    return _glu.checked(x, up, bias, activation, gate_first)
+    args = (x, up, bias, activation, gate_first)
+    done = None if is_dynamo_compiling() else direct_calls["glu"](*args, out)
+    if done is None or done is NotImplemented:
+        return _glu.checked(*args, known=done is not None, out=out)
+    return done

@@ -1,7 +1,7 @@
 """Ways to break the kernels of glu."""
 
-_GLU = "kernels/glu.py"
-TESTS = {_GLU: ("tests/kernels/test_glu_kernels.py",)}
+_GLU, _LAUNCH = "kernels/glu.py", "kernels/launch.py"
+TESTS = dict.fromkeys((_GLU, _LAUNCH), ("tests/kernels/test_glu_kernels.py",))
 
 MUTATIONS = [
     (_GLU, "t = 1 / (1 + 0.34375 * size)", "t = 1 / (1 + 0.34 * size)"),
@@ -51,4 +51,8 @@ MUTATIONS = [
     (_GLU, "(flat, launch.flat_rows(up))", "(launch.flat_rows(up), flat)"),
     (_GLU, "*_halves(sums, gate_first)", "*_halves(sums, True)"),
     (_GLU, "tall, columns, triton.cdiv(rows, tall)", "tall, columns, rows // tall"),
+    (_GLU, "launch.result(x, out, (", "launch.result(x, None, ("),
+    (_GLU, "_unsupported, takes_out=True", "_unsupported"),
+    (_LAUNCH, "if out is None or tuning.enabled()", "if out is None"),
+    (_LAUNCH, "x.shape if shape is None else shape", "x.shape"),
 ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 
 import patch_cases
@@ -13,6 +14,7 @@ from patch_cases import ARCHITECTURES, DTYPES, beats_eager, error, rounding_floo
 import fastdit
 from fastdit import reference
 from fastdit.kernels import glu as kernels
+from fastdit.kernels import tuning
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 # Of the result; the largest power of two that divides the width, the tile, differs.
@@ -332,6 +334,23 @@ def test_the_op_runs_the_kernels():
         fastdit.ops.glu(a, None, b, "gelu", gate_first=False).square().sum().backward()
     torch.testing.assert_close(x.grad, a.grad)
     torch.testing.assert_close(bias.grad, b.grad)
+
+
+@pytest.mark.parametrize("tuned", [False, True])
+@pytest.mark.parametrize("which", ["packed", "new", "gate", "up"])
+def test_a_given_tensor_is_what_the_kernel_writes(which, tuned, monkeypatch):
+    """Gate or up themselves too; but a copy, where a launch is repeated to be timed."""
+    gate, up = seeded(6, 40, seed=0), seeded(6, 40, seed=1)
+    args = (torch.cat([gate, up], -1),) if which == "packed" else (gate, up)
+    out = {"gate": gate, "up": up}.get(which, torch.full_like(gate, torch.nan))
+    monkeypatch.setitem(tuning._state, "enabled", tuned)
+    warned = pytest.warns(RuntimeWarning, match="no GPU") if tuned else contextlib.nullcontext()
+    with patch_cases.on_the_cpu("glu") as gpu, warned:
+        want = fastdit.ops.glu(*args)
+        assert fastdit.ops.glu(*args, out=out) is out
+    assert torch.equal(out, want)
+    written = [launch.arguments["out_ptr"].data_ptr() == out.data_ptr() for launch in gpu.launches]
+    assert written == [False, not tuned]
 
 
 def test_the_op_compiles_and_follows_autocasts_mixture():
